@@ -1,0 +1,33 @@
+# Everything runs in its own environment, .venv, made on first use. PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One busy core beside ours makes OpenMP's default spinning many times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: quickstart test test-all lint benchmark-memory docs clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/poweropd quickstart
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# torch first, as a CPU build where there is one: other packages would pull a build with several GB of CUDA.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV)

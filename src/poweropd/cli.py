@@ -1,0 +1,262 @@
+"""The `poweropd` command. Heavy imports happen inside the verbs, so that --help is instant."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+# Before torch loads: OpenMP threads that spin while they wait make a busy machine many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from poweropd.errors import UserError
+
+app = typer.Typer(
+    name="poweropd",
+    help="Distil a large language model into a small one on the small one's own answers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+console = Console(highlight=False, soft_wrap=True)
+
+Out = Annotated[Path, typer.Option(help="Directory to write; never written over.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a setting of the recipe.")]
+Debug = Annotated[bool, typer.Option(help="Show the traceback of an error.")]
+
+
+@app.command()
+def quickstart(
+    out: Annotated[
+        Path | None, typer.Option(help="Run directory; by default runs/quickstart, or the next free name.")
+    ] = None,
+    compare: Annotated[bool, typer.Option(help="Train every baseline too, with equal seeds and prompts.")] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of each run.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of data order and samples.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Distil the embedded pair on this machine, without a network: evaluate, distil, evaluate, report.
+
+    Example: `poweropd quickstart --compare`
+    """
+    with _plain_errors(debug):
+        from poweropd.quickstart.run import run_comparison, run_quickstart
+
+        name = "compare" if compare else "quickstart"
+        (run_comparison if compare else run_quickstart)(
+            out or _free(Path("runs") / name), console, steps=steps, seed=seed
+        )
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path | None, typer.Argument(help="YAML recipe; not needed with --resume.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run directory; by default runs/<recipe>, or the next free name.")
+    ] = None,
+    sets: Sets = None,
+    resume: Annotated[bool, typer.Option(help="Go on with the run in --out, bit for bit.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check the recipe and print it with every default.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Train a student as a recipe says.
+
+    Example: `poweropd train recipes/quickstart.yaml --out runs/mine --set train.steps=20`
+    """
+    with _plain_errors(debug):
+        from poweropd.config import load_recipe
+        from poweropd.errors import ConfigError
+
+        if resume:
+            if out is None:
+                raise ConfigError("--resume needs --out: the run directory to go on with")
+            _train(None, out, sets)
+            return
+        if recipe is None:
+            raise ConfigError("give a recipe, for example recipes/quickstart.yaml, or --resume --out DIR")
+        loaded = load_recipe(recipe, sets)
+        if dry_run:
+            _dry_run(loaded)
+        else:
+            _train(loaded, out or _free(Path("runs") / recipe.stem), sets)
+
+
+def _train(recipe: Any, out: Path, sets: list[str] | None) -> None:
+    """Start `recipe`, or resume the run in `out` when it is None; then write the report."""
+    from poweropd.console import ConsoleObserver
+    from poweropd.report.html import write_report
+    from poweropd.report.runs import headline, read_run
+    from poweropd.train import recipe_to_resume
+    from poweropd.train import train as run_training
+
+    with ConsoleObserver(console) as observer:
+        run_training(recipe or recipe_to_resume(out, sets), out, observer, resume=recipe is None)
+    run = read_run(out)
+    write_report([run], out / "report.html")
+    console.print(headline(run), markup=False)
+    console.print(f"student  {out / 'student'}\nreport   {out / 'report.html'}", markup=False)
+
+
+def _dry_run(recipe: Any) -> None:
+    from poweropd.models import is_local
+
+    console.print(recipe.to_yaml(), markup=False, end="")
+    remote = [name for name in (recipe.student.model, recipe.teacher.model) if not is_local(name)]
+    if recipe.data.source == "hub":
+        remote.append(recipe.data.path)
+    if remote:
+        console.print(
+            f"The recipe is valid. Not looked at, because they are not on this machine: {', '.join(remote)}. "
+            "`poweropd doctor` loads and checks them.",
+            markup=False,
+        )
+        return
+    _print_checks(recipe)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder, `quickstart:student` or `quickstart:teacher`.")],
+    data: Annotated[Path, typer.Option(help="Problems with reference answers: .jsonl or .parquet.")],
+    out: Out,
+    prompt: Annotated[str, typer.Option(help="Column with the question.")] = "problem",
+    answer: Annotated[str, typer.Option(help="Column with the reference answer.")] = "answer",
+    template: Annotated[str, typer.Option(help="The user message; {prompt} becomes the question.")] = "{prompt}",
+    thinking: Annotated[bool | None, typer.Option(help="Thinking mode, where the chat template has one.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples per problem.")] = 8,
+    temperature: Annotated[float, typer.Option(min=0)] = 0.6,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 1024,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first problems only.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 64,
+    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    grading: Annotated[str, typer.Option(help="math: compare values; exact: compare texts.")] = "math",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    debug: Debug = False,
+) -> None:
+    """Avg@k, Pass@k, length and truncation of a model, with 95 % intervals; every sample is kept.
+
+    Example: `poweropd evaluate quickstart:teacher --data problems.jsonl --out eval`
+    """
+    with _plain_errors(debug):
+        from poweropd.config import DataConfig, SamplingConfig
+        from poweropd.console import ConsoleObserver
+        from poweropd.evaluation.standalone import evaluate_model
+
+        source = "parquet" if data.suffix == ".parquet" else "jsonl"
+        config = DataConfig(
+            source=source, path=str(data), prompt=prompt, answer=answer, template=template, limit=limit,
+            enable_thinking=thinking,
+        )  # fmt: skip
+        sampling = SamplingConfig(temperature=temperature, max_new_tokens=max_new_tokens, samples_per_prompt=samples)
+        with ConsoleObserver(console) as observer:
+            summary = evaluate_model(
+                model, config, sampling, out, observer.on_evaluation,
+                precision=precision, sequences_per_batch=batch, grading=grading, seed=seed,
+            )  # fmt: skip
+        table = Table("measure", "value", "95 % interval")
+        for name, (low, high) in summary["intervals"].items():
+            table.add_row(name, f"{summary[name]:.3f}", f"{low:.3f} to {high:.3f}")
+        console.print(table)
+        console.print(
+            f"{summary['problems']} problems x {summary['samples']} samples, graded {summary['status']}; {out}",
+            markup=False,
+        )
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories; several are compared.")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    debug: Debug = False,
+) -> None:
+    """One self-contained page about a run, or about several side by side.
+
+    Example: `poweropd report runs/quickstart --out report.html`
+    """
+    with _plain_errors(debug):
+        from poweropd.report.html import write_report
+        from poweropd.report.runs import read_run
+
+        write_report([read_run(path) for path in runs], out)
+        console.print(f"report   {out}", markup=False)
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe.")], sets: Sets = None, debug: Debug = False
+) -> None:
+    """Every start-up check of a recipe, without training.
+
+    Example: `poweropd doctor recipes/quickstart.yaml`
+    """
+    with _plain_errors(debug):
+        from poweropd.config import load_recipe
+
+        _print_checks(load_recipe(recipe, sets))
+
+
+def _print_checks(recipe: Any) -> None:
+    from poweropd.doctor import examine
+
+    failed = 0
+    for check in examine(recipe):
+        style = {"ok": "green", "warn": "yellow", "fail": "red"}[check.verdict]
+        console.print(f"[{style}]{check.verdict:<5}[/{style}] {check.name:<20} ", end="")
+        console.print(check.message, markup=False)
+        failed += check.verdict == "fail"
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def objectives(
+    markdown: Annotated[bool, typer.Option(help="As docs/objectives.md.")] = False,
+) -> None:
+    """The table of objectives: equation, what it needs of the teacher, what its gradient is of, source."""
+    from poweropd.objectives import OBJECTIVES
+    from poweropd.objectives.table import as_markdown
+
+    if markdown:
+        sys.stdout.write(as_markdown())
+        return
+    for name, row in OBJECTIVES.items():
+        settings = " ".join(f"{key}={setting.default:g}" for key, setting in row.settings.items())
+        console.print(f"[bold]{name}[/bold] {settings}")
+        for label, text in (
+            ("", row.summary), ("equation", row.equation), ("needs", row.needs), ("gradient of", row.gradient_of),
+            ("source", row.reference),
+        ):  # fmt: skip
+            console.print(f"  {label:<12}{text}" if label else f"  {text}", markup=False)
+
+
+def _free(path: Path) -> Path:
+    """The path, or the first of path-2, path-3, ... that does not exist."""
+    candidates = (path.with_name(f"{path.name}-{number}") for number in range(2, 10_000))
+    return path if not path.exists() else next(candidate for candidate in candidates if not candidate.exists())
+
+
+@contextmanager
+def _plain_errors(debug: bool) -> Iterator[None]:  # noqa: FBT001
+    """A user's error is its message alone: exit 1. An interrupted command exits 130."""
+    try:
+        yield
+    except UserError as error:
+        if debug:
+            raise
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        Console(stderr=True).print("interrupted; `poweropd train --resume --out DIR` goes on with a run", markup=False)
+        raise typer.Exit(130) from None
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,149 @@
+"""Every start-up check of a recipe, without training: what fits, what does not, what to know."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from poweropd.assembly import Parts, assemble
+from poweropd.config import Recipe
+from poweropd.diagnostics import sampler_gap
+from poweropd.guards import MISMATCH_ALARM
+from poweropd.rollout.engine import Sampling
+from poweropd.types import Rollout, ScoredRollout
+from poweropd.update import accumulate_gradient
+
+GIB = 2**30
+PROBE_TOKENS = 24
+DETERMINISM_TOLERANCE = 1e-3  # nats
+
+
+@dataclass(frozen=True)
+class Check:
+    """`fail` would spoil a run, `warn` may surprise."""
+
+    name: str
+    verdict: Literal["ok", "warn", "fail"]
+    message: str
+
+
+def examine(recipe: Recipe) -> Iterator[Check]:
+    """Checks, as they are done. Loading refuses what cannot work at all.
+
+    Raises:
+        UserError: the parts of the run cannot be built.
+    """
+    parts = assemble(recipe)
+    checks: list[Callable[[Recipe, Parts], Check]] = [
+        _vocabulary, _end_tokens, _chat_template, _data, _context, _memory, _teacher_determinism, _sampler_parity,
+    ]  # fmt: skip
+    for check in checks:
+        yield check(recipe, parts)
+
+
+def _vocabulary(recipe: Recipe, parts: Parts) -> Check:
+    pair = parts.pair
+    rows = [model.get_output_embeddings().weight.shape[0] for model in (pair.student, pair.teacher)]
+    return Check(
+        "vocabulary",
+        "ok",
+        f"{pair.vocab_size} shared tokens; LM heads have {rows[0]} (student) and {rows[1]} (teacher) rows, "
+        "padding rows never get probability",
+    )
+
+
+def _end_tokens(recipe: Recipe, parts: Parts) -> Check:
+    pair = parts.pair
+    if not pair.end_tokens.differ:
+        return Check("end tokens", "ok", f"both models end answers alike: {pair.end_tokens.stop_ids}")
+    verdict: Literal["ok", "warn"] = "warn" if pair.end_tokens.policy == "keep" else "ok"
+    return Check("end tokens", verdict, pair.introduction()[-1])
+
+
+def _chat_template(recipe: Recipe, parts: Parts) -> Check:
+    student, teacher = parts.pair.tokenizer.chat_template, parts.pair.teacher_tokenizer.chat_template
+    if not recipe.data.chat:
+        return Check("chat template", "ok", "not used: data.chat is false")
+    if student and teacher and student != teacher:
+        return Check("chat template", "warn", "student and teacher have different templates; the student's is used")
+    return Check("chat template", "ok", "the student's" if student else "the teacher's; the student has none")
+
+
+def _data(recipe: Recipe, parts: Parts) -> Check:
+    epochs = recipe.train.steps * recipe.train.prompts_per_step / len(parts.stream)
+    held_out = "no evaluation" if parts.problems is None else f"{len(parts.problems.prompts)} problems to evaluate"
+    return Check("data", "ok", f"{len(parts.stream)} prompts, {epochs:.2g} epochs; {held_out}")
+
+
+def _context(recipe: Recipe, parts: Parts) -> Check:
+    longest = parts.stream.longest
+    total = longest + parts.sampling.max_new_tokens
+    return Check(
+        "context",
+        "ok",
+        f"longest prompt {longest} + {parts.sampling.max_new_tokens} new tokens = {total} of {parts.pair.context}",
+    )
+
+
+def _memory(recipe: Recipe, parts: Parts) -> Check:
+    student = sum(p.numel() for p in parts.pair.student.parameters())
+    teacher = sum(p.numel() * p.element_size() for p in parts.pair.teacher.parameters())
+    needed = (16 * student + teacher) / GIB  # fp32 weights, gradients and two AdamW moments
+    if parts.pair.student.device.type == "cuda":
+        available = torch.cuda.get_device_properties(parts.pair.student.device).total_memory / GIB
+    else:
+        available = _main_memory() / GIB
+    verdict: Literal["ok", "warn"] = "ok" if needed < 0.8 * available else "warn"
+    return Check(
+        "memory",
+        verdict,
+        f"{needed:.2g} GiB for weights, gradients and optimizer of {available:.3g} GiB; activations and cache come on top",
+    )
+
+
+def _main_memory() -> int:
+    import os
+
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _probe(parts: Parts) -> list[Rollout]:
+    sampling = Sampling(stop_ids=parts.sampling.stop_ids, max_new_tokens=PROBE_TOKENS)
+    return parts.student_engine.generate(parts.stream.take(0, 2), sampling, seed=0)
+
+
+def _teacher_determinism(recipe: Recipe, parts: Parts) -> Check:
+    rollouts = _probe(parts)
+    together, again = (parts.teacher.score(rollouts, needs="sampled") for _ in range(2))
+    alone = [parts.teacher.score([rollout], needs="sampled")[0] for rollout in rollouts]
+
+    def gap(others: list) -> float:
+        return max((a.logprobs - b.logprobs).abs().max().item() for a, b in zip(together, others, strict=True))
+
+    repeat, batching = gap(again), gap(alone)
+    # bf16 matmuls round differently in another batch shape
+    limit = DETERMINISM_TOLERANCE if next(parts.pair.teacher.parameters()).dtype == torch.float32 else 0.25
+    verdict: Literal["ok", "fail"] = "ok" if repeat <= DETERMINISM_TOLERANCE and batching <= limit else "fail"
+    message = f"scores of one text differ by {repeat:.1e} when repeated, {batching:.1e} when batched (nats)"
+    return Check("teacher determinism", verdict, message)
+
+
+def _sampler_parity(recipe: Recipe, parts: Parts) -> Check:
+    rollouts = _probe(parts)
+    scored = [
+        ScoredRollout(*pair)
+        for pair in zip(rollouts, parts.teacher.score(rollouts, needs=parts.objective.needs), strict=True)
+    ]
+    result = accumulate_gradient(
+        parts.student,
+        scored,
+        parts.objective,
+        teacher_head=parts.teacher.head,
+        tokens_per_micro_batch=recipe.train.tokens_per_micro_batch,
+        pad_id=parts.pair.pad_id,
+    )
+    parts.student.optimizer.zero_grad()
+    gap = sampler_gap(scored, result.terms)
+    verdict: Literal["ok", "warn"] = "ok" if gap <= MISMATCH_ALARM else "warn"
+    return Check("sampler parity", verdict, f"sampler and trainer differ by {gap:.1e} nats a token about the student")

@@ -1,0 +1,21 @@
+"""Errors meant for the user: one line that says what was wrong, what was received, what is accepted, what to do."""
+
+
+class UserError(Exception):
+    """Something the user can mend. The command line prints its message alone; `--debug` shows the traceback."""
+
+
+class ConfigError(UserError):
+    """A recipe, setting or data set is wrong. Several problems come as several lines, all at once."""
+
+
+class ModelError(UserError):
+    """A model folder cannot be loaded, or two models do not fit together."""
+
+
+class RunError(UserError):
+    """The run directory cannot be used: in use, finished, damaged or full."""
+
+
+class NonFiniteError(UserError):
+    """A loss or gradient is not finite; raised before the update is applied."""

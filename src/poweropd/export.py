@@ -1,0 +1,81 @@
+"""The finished student as a folder that anyone can load."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from poweropd.config import Recipe
+from poweropd.policy import Student
+
+CARD = """\
+---
+library_name: transformers
+base_model: {student}
+tags: [on-policy-distillation, poweropd]
+---
+
+# {student}, distilled from {teacher}
+
+Trained by on-policy distillation with poweropd: the student wrote its own
+answers and the teacher judged every token.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+```
+
+* objective: `{objective}`
+* steps: {steps}, {prompts} prompts a step, learning rate {lr:g}, seed {seed}
+* data: `{data}`
+* an answer ends with any of the token ids {stop_ids}, which `generation_config.json` declares
+
+{results}
+The licences of the student, the teacher and the data apply.
+"""
+
+
+def export_student(
+    student: Student, folder: Path, recipe: Recipe, stop_ids: tuple[int, ...], evaluations: dict[str, dict[str, Any]]
+) -> None:
+    """Write weights, config, tokenizer and model card: beside `folder` first, then renamed.
+
+    Args:
+        stop_ids: tokens that end an answer.
+        evaluations: summaries by name, for the card.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    student.model.generation_config.eos_token_id = list(stop_ids)
+    student.save(partial)
+    settings = " ".join(f"{key}={value:g}" for key, value in recipe.objective.build().settings.items())
+    card = CARD.format(
+        student=recipe.student.model,
+        teacher=recipe.teacher.model,
+        folder=folder,
+        objective=f"{recipe.objective.name} {settings}".strip(),
+        steps=recipe.train.steps,
+        prompts=recipe.train.prompts_per_step,
+        lr=recipe.optimizer.lr,
+        seed=recipe.train.seed,
+        data=recipe.data.path or ", ".join(recipe.data.families),
+        stop_ids=list(stop_ids),
+        results=_results(evaluations),
+    )
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def _results(evaluations: dict[str, dict[str, Any]]) -> str:
+    if not evaluations:
+        return ""
+    k = next(iter(evaluations.values()))["samples"]
+    keys = [f"avg_at_{k}", f"pass_at_{k}", "mean_length", "truncation"]
+    lines = ["| | " + " | ".join(keys) + " |", "|---" * (len(keys) + 1) + "|"]
+    lines += [
+        f"| {name} | " + " | ".join(f"{summary[key]:.3g}" for key in keys) + " |"
+        for name, summary in evaluations.items()
+    ]
+    return "\n".join(lines) + "\n"

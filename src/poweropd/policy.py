@@ -1,0 +1,114 @@
+"""The student: hidden states, LM head, optimizer step, save. Where it runs and in what precision stays in here."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from poweropd.config import OptimizerConfig
+from poweropd.models import compute_precision, hidden_states, lm_head, no_progress_bars
+from poweropd.objectives.fused import LMHead
+from poweropd.types import TokenBatch, UpdateResult
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """The rate of optimizer step `step` (from 0) of `steps`: a pure function, so there is no schedule state to save."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    share = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
+    factor = {"constant": 1.0, "linear": 1 - share, "cosine": 0.5 * (1 + math.cos(math.pi * share))}
+    return config.lr * factor[config.schedule]
+
+
+class Student:
+    """The model that is trained.
+
+    It stays in eval mode: dropout would make the trained policy another one than the policy that sampled.
+
+    Args:
+        model: fp32 weights.
+        vocab_size, end_ids: see `LMHead`.
+        steps: of the whole run, for the learning-rate schedule.
+        precision: dtype of matmuls.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: OptimizerConfig,
+        *,
+        vocab_size: int,
+        end_ids: tuple[int, ...],
+        steps: int,
+        precision: torch.dtype = torch.float32,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self._config = config
+        self._steps = steps
+        self._vocab_size = vocab_size
+        self._end_ids = end_ids
+        self._precision = precision
+        self._checkpointing = gradient_checkpointing
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.optimizer = torch.optim.AdamW(
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            foreach=True,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def head(self) -> LMHead:
+        return lm_head(self.model, vocab_size=self._vocab_size, end_ids=self._end_ids)
+
+    def hidden_at_loss(self, batch: TokenBatch) -> Tensor:
+        """Last hidden states [N, H] that predict the loss tokens of a batch, with their graph."""
+        self.model.train(self._checkpointing and torch.is_grad_enabled())  # checkpointing needs train mode
+        with compute_precision(self.device, self._precision):
+            every_hidden = hidden_states(self.model, batch.input_ids, batch.attention_mask)
+        self.model.eval()
+        return batch.loss_positions(every_hidden)
+
+    def gradient_norm(self) -> float:
+        """Global norm of the gradient as it stands; not finite if any entry is not."""
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients).item()
+
+    def update(self, step: int, grad_norm: float) -> UpdateResult:
+        """Clip, apply and clear the gradient, as optimizer step `step` counted from 0."""
+        lr = learning_rate(self._config, step, self._steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        torch.nn.utils.clip_grads_with_norm_(
+            self.model.parameters(), self._config.max_grad_norm, torch.tensor(grad_norm, device=self.device)
+        )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return UpdateResult(grad_norm=grad_norm, lr=lr)
+
+    def state(self) -> dict[str, Any]:
+        """All that decides the next update."""
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def save(self, folder: Path) -> None:
+        """A folder that plain `AutoModelForCausalLM.from_pretrained` loads, with the tokenizer."""
+        with no_progress_bars():
+            self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)

@@ -1,0 +1,177 @@
+"""A data set to prompts, in an order that is a pure function of seed and step."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from poweropd.config import DataConfig
+from poweropd.errors import ConfigError
+from poweropd.types import Prompt
+
+
+def load_prompts(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    end_id: int,
+    max_prompt_tokens: int,
+    seed: int = 0,
+    key: str = "data",
+) -> list[Prompt]:
+    """Every prompt of a data set, tokenised.
+
+    Args:
+        tokenizer: whose chat template is applied.
+        end_id: the token that ends a golden answer.
+        max_prompt_tokens: what the models' context leaves for a prompt.
+        seed: of generated problems.
+        key: the recipe's name of this data set, for messages.
+
+    Raises:
+        ConfigError: no rows, a row without the named column, a prompt that is too long, an unreadable file.
+    """
+    if config.chat and not tokenizer.chat_template:
+        raise ConfigError(f"{key}.chat: the tokenizer has no chat template; set {key}.chat=false for plain prompts")
+    limit = min(max_prompt_tokens, config.max_prompt_tokens or max_prompt_tokens)
+    prompts, overlong = [], []
+    for index, row in enumerate(islice(_rows(config, seed, key), config.limit)):
+        prompt = _prompt(config, tokenizer, row, index, end_id, key)
+        (prompts if len(prompt.prompt_ids) <= limit else overlong).append(prompt)
+    if overlong and config.overlong == "error":
+        longest = max(overlong, key=lambda prompt: len(prompt.prompt_ids))
+        raise ConfigError(
+            f"{key}: {len(overlong)} prompts are longer than {limit} tokens, the longest is {longest.id} with "
+            f"{len(longest.prompt_ids)}. Set {key}.overlong=drop to leave them out, or lower max_new_tokens"
+        )
+    if not prompts:
+        raise ConfigError(
+            f"{key}: no prompts in {config.path or 'the generator'}{' (all overlong)' if overlong else ''}"
+        )
+    return prompts
+
+
+def _prompt(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], index: int, end_id: int, key: str
+) -> Prompt:
+    def column(name: str) -> str:
+        if row.get(name) is None:
+            raise ConfigError(f"{key}: row {index} has no column {name!r}; it has {', '.join(map(repr, row))}")
+        return str(row[name])
+
+    question = column(config.prompt)
+    text = config.template.replace("{prompt}", question)
+    if config.chat:
+        system = [{"role": "system", "content": config.system}] if config.system else []
+        thinking = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
+        text = tokenizer.apply_chat_template(
+            [*system, {"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, **thinking
+        )
+    golden = None
+    if config.golden:
+        golden = (*tokenizer.encode(column(config.golden), add_special_tokens=False), end_id)
+    return Prompt(
+        id=str(row.get("id", index)),
+        prompt_ids=tuple(tokenizer.encode(text, add_special_tokens=not config.chat)),
+        text=question,
+        answer=column(config.answer) if config.answer else None,
+        golden_ids=golden,
+    )
+
+
+def _rows(config: DataConfig, seed: int, key: str) -> Iterable[dict[str, Any]]:
+    if config.source == "reasoning_gym":
+        return _generated_rows(config, seed)
+    if config.source == "hub":
+        return _hub_rows(config, key)
+    path = Path(str(config.path))
+    if not path.is_file():
+        raise ConfigError(f"{key}.path: there is no file {config.path!r}")
+    return _jsonl_rows(path, key) if config.source == "jsonl" else _parquet_rows(path, key)
+
+
+def _generated_rows(config: DataConfig, seed: int) -> Iterator[dict[str, Any]]:
+    from poweropd.tasks import STEPS, problems, worked_solution
+
+    try:
+        # Held-out problems are asked once each; training may meet one again, as with any finite data set.
+        stream = problems(config.families, split=config.split, seed=seed, distinct=config.split == "held_out")  # type: ignore[arg-type]
+        for problem in stream:
+            metadata = problem["metadata"]
+            family = metadata["source_dataset"]
+            yield {
+                "id": f"{family}-{metadata['source_index']}",
+                config.prompt: problem["question"],
+                "answer": problem["answer"],
+                "golden": worked_solution(problem) if family in STEPS else None,
+            }
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _jsonl_rows(path: Path, key: str) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"{key}.path: {path} line {number} is not JSON: {error.msg}") from None
+            if not isinstance(row, dict):
+                raise ConfigError(f"{key}.path: {path} line {number} is a {type(row).__name__}; an object is needed")
+            yield row
+
+
+def _parquet_rows(path: Path, key: str) -> Iterator[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ConfigError(f"{key}.path: {path} cannot be read as Parquet: {' '.join(str(error).split())}") from None
+
+
+def _hub_rows(config: DataConfig, key: str) -> Iterator[dict[str, Any]]:
+    import datasets
+
+    try:
+        yield from datasets.load_dataset(config.path, name=config.subset, split=config.split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ConfigError(f"{key}.path: Hub data set {config.path!r}: {' '.join(str(error).split())[:200]}") from None
+
+
+class PromptStream:
+    """Prompts for each optimizer step: every epoch a fresh permutation, no state to save."""
+
+    def __init__(self, prompts: Sequence[Prompt], *, seed: int) -> None:
+        self._prompts = prompts
+        self._seed = seed
+        self._epoch = -1
+        self._order: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(len(prompt.prompt_ids) for prompt in self._prompts)
+
+    def take(self, step: int, count: int) -> list[Prompt]:
+        """The `count` prompts of optimizer step `step`, counted from 0."""
+        return [self._prompts[self._at(position)] for position in range(step * count, (step + 1) * count)]
+
+    def _at(self, position: int) -> int:
+        epoch, place = divmod(position, len(self._prompts))
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            self._order = torch.randperm(len(self._prompts), generator=generator).tolist()
+            self._epoch = epoch
+        return self._order[place]

@@ -1,0 +1,35 @@
+"""Figures as PNG or PDF, for a README or a paper."""
+
+from pathlib import Path
+
+from poweropd.report.html import COLOURS, TEACHER_COLOUR
+from poweropd.report.runs import Figure
+
+
+def save_figures(figures: list[Figure], path: Path, *, columns: int = 2) -> None:
+    """Draw figures side by side into one file; its suffix decides the format."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = -(-len(figures) // columns)
+    canvas, axes = plt.subplots(rows, columns, figsize=(6.2 * columns, 3.6 * rows), squeeze=False)
+    for figure, axis in zip(figures, axes.flat, strict=False):
+        for series in figure.series:
+            colour = TEACHER_COLOUR if series.run < 0 else COLOURS[series.run % len(COLOURS)]
+            style = {"solid": "-", "dash": "--", "dot": ":"}[series.style]
+            axis.plot(series.x, series.y, style, color=colour, label=series.name, linewidth=1.8)
+            if series.low:
+                axis.fill_between(series.x, series.low, series.high, color=colour, alpha=0.1, linewidth=0)
+        axis.set(title=figure.title, xlabel=figure.x_label, ylabel=figure.y_label)
+        axis.set_yscale("log" if figure.log_y else "linear")
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes.flat[len(figures) :]:
+        axis.set_visible(False)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    canvas.legend(handles, labels, loc="lower center", ncols=min(len(labels), 5), frameon=False)
+    canvas.tight_layout(rect=(0, 0.04 + 0.03 * (len(labels) // 6), 1, 1))
+    canvas.savefig(path, dpi=150)
+    plt.close(canvas)

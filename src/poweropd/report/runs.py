@@ -1,0 +1,256 @@
+"""Run directories to numbers: what a report shows, read from files alone."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from poweropd.errors import RunError
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Everything a report reads of one run; a run that stopped early has less of it.
+
+    Attributes:
+        evaluations: summary by optimizer steps taken, oldest first.
+        skipped_lines: lines of the logs that are not whole, such as the last of a run being written.
+    """
+
+    name: str
+    path: Path
+    recipe: Record
+    manifest: Record
+    metrics: list[Record]
+    positions: list[Record]
+    rollouts: list[Record]
+    evaluations: dict[int, Record]
+    teacher: Record | None
+    summary: Record | None
+    skipped_lines: int
+
+    @property
+    def objective(self) -> str:
+        """The objective with its settings: `power alpha=5`."""
+        section = self.recipe["objective"]
+        settings = [f"{key}={value:g}" for key, value in section.items() if key not in ("name", "end_token")]
+        return " ".join([section["name"], *settings])
+
+    @property
+    def signal(self) -> str:
+        """What the metrics call the training signal: `reward` or `divergence`."""
+        return "divergence" if self.metrics and "divergence/mean" in self.metrics[0] else "reward"
+
+    def column(self, key: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a metric, where it was logged."""
+        found = [(record["step"], record[key]) for record in self.metrics if key in record]
+        return [step for step, _ in found], [value for _, value in found]
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line: points, and optionally a band around it. `style` is `solid`, `dash` or `dot`."""
+
+    name: str
+    x: list[float]
+    y: list[float]
+    low: list[float] = field(default_factory=list)
+    high: list[float] = field(default_factory=list)
+    style: str = "solid"
+    run: int = 0  # which run it belongs to: decides the colour
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot, before anything draws it."""
+
+    title: str
+    x_label: str
+    y_label: str
+    series: list[Series]
+    caption: str = ""
+    log_x: bool = False
+    log_y: bool = False
+
+
+def read_run(path: Path, name: str | None = None) -> RunData:
+    """Read a run directory, also one that was interrupted or is still being written.
+
+    Raises:
+        RunError: it is no run directory, or its recipe is not readable.
+    """
+    try:
+        recipe = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        raise RunError(f"{path} is no run directory: there is no readable recipe.yaml in it") from None
+    logs, skipped = {}, 0
+    for log in ("metrics", "positions", "rollouts"):
+        logs[log], bad = _lines(path / f"{log}.jsonl")
+        skipped += bad
+    evaluations = {
+        int(folder.name): summary
+        for folder in sorted((path / "eval").glob("[0-9]*"))
+        for summary in map(_json, folder.glob("*.json"))
+        if summary is not None
+    }
+    teacher = [summary for file in (path / "eval" / "teacher").glob("*.json") if (summary := _json(file)) is not None]
+    return RunData(
+        name=name or path.resolve().name,
+        path=path,
+        recipe=recipe,
+        manifest=_json(path / "manifest.json") or {},
+        evaluations=evaluations,
+        teacher=teacher[0] if teacher else None,
+        summary=_json(path / "summary.json"),
+        skipped_lines=skipped,
+        **logs,
+    )
+
+
+def _json(path: Path) -> Record | None:
+    try:
+        value: Record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value
+
+
+def _lines(path: Path) -> tuple[list[Record], int]:
+    records, bad = [], 0
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                bad += 1
+    return records, bad
+
+
+def accuracy_key(run: RunData) -> str:
+    """`avg_at_8`, or whatever k the run was evaluated with."""
+    k = next((summary["samples"] for summary in run.evaluations.values()), run.recipe["evaluation"]["samples"])
+    return f"avg_at_{k}"
+
+
+def figures(runs: list[RunData]) -> list[Figure]:
+    """The curves of one run, or of several in one frame each."""
+    return [figure for figure in (*_evaluation_figures(runs), *_training_figures(runs)) if figure.series]
+
+
+def _evaluation_figures(runs: list[RunData]) -> list[Figure]:
+    def over_training(key_of: Any, label: str, title: str, caption: str) -> Figure:
+        series = []
+        for index, run in enumerate(runs):
+            key = key_of(run)
+            points = [(step, summary) for step, summary in run.evaluations.items() if key in summary]
+            bands = [summary["intervals"][key] for _, summary in points]
+            if points:
+                steps = [step for step, _ in points]
+                values = [summary[key] for _, summary in points]
+                low, high = ([band[side] for band in bands] for side in (0, 1))
+                series.append(Series(run.name, steps, values, low, high, run=index))
+        first = runs[0]
+        if first.teacher is not None and series:
+            level = first.teacher[key_of(first)]
+            span = [min(min(s.x) for s in series), max(max(s.x) for s in series)]
+            series.append(Series("teacher", span, [level, level], style="dash", run=-1))
+        return Figure(title, "optimizer steps", label, series, caption)
+
+    return [
+        over_training(
+            accuracy_key,
+            "accuracy, mean of samples",
+            "Accuracy on held-out problems",
+            "The band is the 95 % bootstrap interval over problems.",
+        ),
+        over_training(lambda run: "mean_length", "tokens", "Length of an answer", ""),
+        over_training(
+            lambda run: "truncation", "share of answers", "Answers cut at the budget", "An answer that never ends."
+        ),
+    ]
+
+
+def _training_figures(runs: list[RunData]) -> list[Figure]:
+    def metric(title: str, label: str, *keys: str, caption: str = "", log_y: bool = False) -> Figure:
+        series = []
+        for index, run in enumerate(runs):
+            for key, style in zip(keys, ("solid", "dot", "dash"), strict=False):
+                steps, values = run.column(key.replace("signal", run.signal))
+                if values:
+                    part = "" if len(keys) == 1 else f" {key.rpartition('/')[2]}"
+                    name = f"{run.name}{part}" if len(runs) > 1 else (part.strip() or run.name)
+                    series.append(Series(name, list(steps), values, style=style, run=index))
+        return Figure(title, "optimizer step", label, series, caption, log_y=log_y)
+
+    sampled = all(run.signal == "reward" for run in runs)
+    return [
+        metric(
+            "Training signal",
+            "reward" if sampled else "reward, or divergence for full-vocabulary objectives",
+            "signal/mean",
+            caption="The mean over the tokens of a step. Between objectives the scales differ: compare shapes.",
+        ),
+        metric(
+            "The tail of the log-ratio",
+            "log p(teacher) - log p(student), nats",
+            "log_ratio/min",
+            "log_ratio/p1",
+            caption="The most negative token of each step, and the first percentile, whatever the objective.",
+        ),
+        metric("Gradient norm before clipping", "norm", "grad_norm", log_y=True),
+        metric("Length of a rollout", "tokens", "length/mean"),
+        metric("Rollouts cut at the budget", "share", "truncation"),
+        metric("Entropy of the next token", "nats", "entropy/student", "entropy/teacher"),
+        metric("Seconds of a step", "seconds", "time/rollout", "time/teacher", "time/update"),
+    ]
+
+
+def results_table(runs: list[RunData]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows: the teacher, the student before, and the student after each run, with 95 % intervals."""
+    first = runs[0]
+    accuracy = accuracy_key(first)
+    keys = [accuracy, accuracy.replace("avg", "pass"), "mean_length", "truncation"]
+    k = accuracy.rpartition("_")[2]
+    headings = ["", f"Avg@{k}", f"Pass@{k}", "length", "truncated", "minutes"]
+
+    def row(name: str, summary: Record, seconds: float | None = None) -> list[str]:
+        minutes = "" if seconds is None else f"{seconds / 60:.1f}"
+        return [name, *(_with_interval(summary, key) for key in keys), minutes]
+
+    rows = []
+    if first.teacher is not None:
+        rows.append(row("teacher", first.teacher))
+    if 0 in first.evaluations:
+        rows.append(row("student before", first.evaluations[0]))
+    for run in runs:
+        trained = {step: summary for step, summary in run.evaluations.items() if step > 0}
+        if trained:
+            step = max(trained)
+            name = run.name if len(runs) > 1 else f"student after {step} steps"
+            rows.append(row(name, trained[step], run.summary["seconds"] if run.summary else None))
+    return headings, rows
+
+
+def _with_interval(summary: Record, key: str) -> str:
+    low, high = summary["intervals"][key]
+    digits = 1 if key == "mean_length" else 3
+    return f"{summary[key]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def headline(run: RunData) -> str:
+    """The answer first: did the student come closer to the teacher?"""
+    key = accuracy_key(run)
+    trained = [step for step in run.evaluations if step > 0]
+    if not trained or 0 not in run.evaluations:
+        return "This run has no evaluation before and after training, so its curves must speak."
+    before, after = run.evaluations[0][key], run.evaluations[max(trained)][key]
+    name = f"Avg@{key.rpartition('_')[2]}"
+    text = f"{name} on held-out problems went from {before:.3f} to {after:.3f} in {max(trained)} steps"
+    if run.teacher is not None and run.teacher[key] > before:
+        gap = (after - before) / (run.teacher[key] - before)
+        text += f"; the teacher has {run.teacher[key]:.3f}, so {gap:.0%} of the gap is closed"
+    return text + "."

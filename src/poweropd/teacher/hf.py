@@ -1,0 +1,53 @@
+"""A teacher that is a transformers model in this process."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from poweropd.batching import collate, group_by_tokens
+from poweropd.models import hidden_states, lm_head
+from poweropd.objectives.fused import LMHead, token_scores
+from poweropd.teacher.scorer import Needs
+from poweropd.types import Rollout, ScoredRollout, TeacherScores
+
+
+class HFTeacher:
+    """Scores response positions only: the prompt and the padding never reach the LM head.
+
+    Args:
+        model: a causal language model; its weights' dtype is the precision of scoring.
+        vocab_size, end_ids: as in the student's `LMHead`.
+        tokens_per_batch: padded tokens of one forward pass.
+    """
+
+    provides: frozenset[Needs] = frozenset({"nothing", "sampled", "full"})
+
+    def __init__(
+        self, model: PreTrainedModel, *, vocab_size: int, end_ids: tuple[int, ...] = (), tokens_per_batch: int = 16384
+    ) -> None:
+        self._model = model.requires_grad_(False)
+        self._tokens_per_batch = tokens_per_batch
+        self.head: LMHead = lm_head(model, vocab_size=vocab_size, end_ids=end_ids)
+
+    @torch.no_grad()
+    def score(self, rollouts: Sequence[Rollout], *, needs: Needs) -> list[TeacherScores]:
+        if needs == "nothing":
+            return [TeacherScores()] * len(rollouts)
+        scores: dict[int, TeacherScores] = {}
+        for group in group_by_tokens(rollouts, self._tokens_per_batch):
+            scores |= zip(group, self._score_group([rollouts[index] for index in group], needs), strict=True)
+        return [scores[index] for index in range(len(rollouts))]
+
+    def _score_group(self, rollouts: list[Rollout], needs: Needs) -> list[TeacherScores]:
+        batch = collate([ScoredRollout(rollout) for rollout in rollouts], pad_id=0).to(self._model.device)
+        every_hidden = hidden_states(self._model, batch.input_ids, batch.attention_mask)
+        hidden = batch.loss_positions(every_hidden)
+        lengths = [len(rollout) for rollout in rollouts]
+        if needs == "full":
+            return [TeacherScores(hidden=rows) for rows in hidden.split(lengths)]
+        scores = token_scores(hidden, self.head, batch.loss_positions(batch.target_ids))
+        return [
+            TeacherScores(logprobs=logprobs.cpu(), entropies=entropies.cpu())
+            for logprobs, entropies in zip(scores.logprobs.split(lengths), scores.entropies.split(lengths), strict=True)
+        ]

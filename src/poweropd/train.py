@@ -1,0 +1,231 @@
+"""The training loop: sample, score, update, record."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from poweropd import checkpoint, guards
+from poweropd.assembly import assemble
+from poweropd.config import Recipe, load_recipe
+from poweropd.diagnostics import Clock, position_records, rollout_records, step_metrics
+from poweropd.errors import NonFiniteError, RunError
+from poweropd.evaluation.grading import Grader
+from poweropd.evaluation.runner import evaluate, load_summary
+from poweropd.export import export_student
+from poweropd.interrupts import StopRequest
+from poweropd.rollout.engine import RolloutEngine
+from poweropd.runlog import CHECKPOINTS, RECIPE, STUDENT, SUMMARY, RunDirectory
+from poweropd.types import ScoredRollout
+from poweropd.update import accumulate_gradient
+
+TEACHER, UNTRAINED = "teacher", "000000"  # places below eval/; those of trained students are named by step
+MAY_CHANGE_ON_RESUME = {"train": {"steps"}, "checkpoint": True, "log": True, "evaluation": {"every"}}
+
+
+class Observer(Protocol):
+    """Whoever watches a run: a terminal, a test."""
+
+    def say(self, text: str) -> None: ...
+    def warn(self, text: str) -> None: ...
+    def on_evaluation(self, name: str, done: int, total: int) -> None: ...
+    def on_step(self, step: int, steps: int, metrics: dict[str, float]) -> None: ...
+
+
+def train(
+    recipe: Recipe, out: Path, observer: Observer, *, resume: bool = False, known_evaluations: Path | None = None
+) -> None:
+    """Run a recipe in a new directory, or go on with the run in `out`.
+
+    Args:
+        known_evaluations: the `eval` folder of a run with the same models and evaluation, whose evaluations of the
+            teacher and of the untrained student are taken over instead of repeated.
+
+    Raises:
+        UserError: what is wrong, in one line; nothing of the run is lost.
+        KeyboardInterrupt: the user stopped it; it can be resumed.
+    """
+    with RunDirectory.open(out) if resume else RunDirectory.create(out, recipe.to_yaml()) as run:
+        if (out / SUMMARY).is_file() and checkpoint.newest_step(out / CHECKPOINTS) == recipe.train.steps:
+            observer.say(f"{out} is finished, all {recipe.train.steps} steps; nothing to resume")
+            return
+        run.set_status("running")
+        for place in (TEACHER, UNTRAINED) if known_evaluations else ():
+            shutil.copytree(known_evaluations / place, out / "eval" / place)
+        try:
+            _Training(recipe, run, observer).run()
+        except KeyboardInterrupt:
+            run.set_status("interrupted")
+            raise
+        except BaseException as error:
+            run.set_status("failed", error=str(error))
+            raise
+
+
+def recipe_to_resume(out: Path, overrides: list[str] | None = None) -> Recipe:
+    """The recipe that the run in `out` was started with, and goes on with.
+
+    Raises:
+        RunError: there is no run, or an override would change what its finished steps were made with.
+    """
+    path = out / RECIPE
+    if not path.is_file():
+        raise RunError(f"{out} holds no run to resume: there is no {RECIPE} in it. Start one without --resume")
+    started, wanted = load_recipe(path), load_recipe(path, overrides)
+    if started.model_dump(exclude=MAY_CHANGE_ON_RESUME) != wanted.model_dump(exclude=MAY_CHANGE_ON_RESUME):  # type: ignore[arg-type]
+        raise RunError(
+            f"--set {' '.join(overrides or [])}: the run in {out} was started otherwise. On --resume only train.steps, "
+            "evaluation.every, checkpoint and log may change; start a new run for the rest"
+        )
+    return wanted
+
+
+class _Training:
+    """One run, from its parts to its finished student."""
+
+    def __init__(self, recipe: Recipe, run: RunDirectory, observer: Observer) -> None:
+        self._recipe = recipe
+        self._run = run
+        self._observer = observer
+        self._parts = assemble(recipe)
+        self._started = time.monotonic()
+        self._seconds_before = 0.0  # of earlier sessions of this run, up to the checkpoint
+
+    def run(self) -> None:
+        recipe, parts = self._recipe, self._parts
+        self._run.set_status("running", data_fingerprint=parts.data_fingerprint)
+        for message in parts.pair.introduction():
+            self._observer.say(message)
+        start = self._restore()
+        evaluations: dict[str, dict[str, Any]] = {}
+        if parts.problems:
+            if recipe.evaluation.teacher:
+                evaluations["teacher"] = self._evaluate(TEACHER, parts.teacher_engine, "teacher")
+            evaluations["before"] = self._evaluate(UNTRAINED, parts.student_engine, "student before")
+        self._loop(start)
+        if parts.problems:
+            evaluations["after"] = self._evaluate(f"{recipe.train.steps:06d}", parts.student_engine, "student after")
+        export_student(parts.student, self._run.path / STUDENT, recipe, parts.pair.end_tokens.stop_ids, evaluations)
+        facts = {
+            "objective": {"name": parts.objective.name, **parts.objective.settings},
+            "steps": recipe.train.steps,
+            "seed": recipe.train.seed,
+            "seconds": round(self._seconds(), 1),
+        }
+        self._run.write_json(SUMMARY, {**evaluations, **facts})
+        self._run.set_status("finished")
+
+    def _loop(self, start: int) -> None:
+        config, parts = self._recipe.train, self._parts
+        with StopRequest(lambda: self._observer.say("stopping after this step; once more to stop at once")) as stop:
+            for step in range(start, config.steps):
+                clock = Clock()
+                prompts = parts.stream.take(step, config.prompts_per_step)
+                rollouts = parts.engine.generate(prompts, parts.sampling, seed=step_seed(config.seed, step))
+                clock.lap("rollout")
+                scores = parts.teacher.score(rollouts, needs=parts.objective.needs)
+                scored = [ScoredRollout(*pair) for pair in zip(rollouts, scores, strict=True)]
+                clock.lap("teacher")
+                result = accumulate_gradient(
+                    parts.student,
+                    scored,
+                    parts.objective,
+                    teacher_head=parts.teacher.head,
+                    tokens_per_micro_batch=config.tokens_per_micro_batch,
+                    pad_id=parts.pair.pad_id,
+                    masked_end_ids=parts.pair.end_tokens.masked_ids,
+                )
+                grad_norm = parts.student.gradient_norm()
+                try:
+                    guards.refuse_non_finite(result, grad_norm, rollouts, parts.pair.tokenizer, step)
+                except NonFiniteError:
+                    self._checkpoint(step)  # the weights before this step are good
+                    raise
+                update = parts.student.update(step, grad_norm)
+                parts.engine.update_weights(version=step + 1)
+                clock.lap("update")
+
+                done = step + 1
+                metrics = step_metrics(scored, result, parts.objective, parts.sampling)
+                metrics |= {"grad_norm": update.grad_norm, "lr": update.lr, **clock.metrics(result.num_loss_tokens)}
+                self._run.append("metrics", {"step": step, **metrics})
+                if step == 0 and (warning := guards.mismatch_warning(metrics)):
+                    self._observer.warn(warning)
+                if step % self._recipe.log.rollouts_every == 0 or done == config.steps:
+                    self._run.append("positions", *position_records(step, result, parts.objective))
+                    count = self._recipe.log.rollouts
+                    self._run.append("rollouts", *rollout_records(step, scored, result, parts.pair.tokenizer, count))
+                self._observer.on_step(done, config.steps, metrics)
+                if _is_due(done, self._recipe.evaluation.every) and done < config.steps and parts.problems:
+                    self._evaluate(f"{done:06d}", parts.student_engine, f"student at step {done}")
+                if _is_due(done, self._recipe.checkpoint.every) or done == config.steps or stop.requested:
+                    self._checkpoint(done)
+                if stop.requested and done < config.steps:
+                    raise KeyboardInterrupt
+
+    def _evaluate(self, place: str, engine: RolloutEngine, name: str) -> dict[str, Any]:
+        """Evaluate, unless an interrupted session of this run has done so already."""
+        problems = self._parts.problems
+        assert problems is not None
+        folder = self._run.path / "eval" / place
+        known = load_summary(folder, problems.name)
+        if known is not None:
+            return known
+        with Grader(mode=self._recipe.evaluation.grading) as grader:
+            evaluation = evaluate(
+                engine,
+                self._parts.pair.tokenizer,
+                problems.prompts,
+                problems.sampling,
+                grader,
+                seed=self._recipe.train.seed,
+                on_progress=lambda done, total: self._observer.on_evaluation(name, done, total),
+            )
+        evaluation.save(folder, problems.name)
+        return evaluation.summary
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._started
+
+    def _checkpoint(self, step: int) -> None:
+        """Save all that decides the steps after `step` ones.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        root = self._run.path / CHECKPOINTS
+        state = {"student": self._parts.student.state(), "random": checkpoint.random_states()}
+        meta = {"step": step, "seconds": self._seconds(), "logs": self._run.log_sizes()}
+        try:
+            checkpoint.save(root, step, state, meta, keep=self._recipe.checkpoint.keep)
+        except OSError as error:
+            newest = checkpoint.newest_step(root)
+            remains = "there is no earlier one" if newest is None else f"that of step {newest} is intact"
+            raise RunError(
+                f"cannot save the checkpoint of step {step} in {root}: {error.strerror or error}; {remains}. "
+                "Make room, then go on with --resume"
+            ) from error
+
+    def _restore(self) -> int:
+        """Load the newest checkpoint, if there is one; returns the step to go on with."""
+        loaded = checkpoint.load_latest(self._run.path / CHECKPOINTS)
+        if loaded is None:
+            self._run.rewind_logs({})
+            return 0
+        state, meta = loaded
+        self._parts.student.load_state(state["student"])
+        self._parts.engine.update_weights(version=meta["step"])
+        checkpoint.set_random_states(state["random"])
+        self._run.rewind_logs(meta["logs"])
+        self._seconds_before = meta["seconds"]
+        self._observer.say(f"resumed at step {meta['step']}")
+        return int(meta["step"])
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of the rollouts of one optimizer step."""
+    return (seed << 40) + step + 1  # + 1: the seed of an evaluation is never that of a step
+
+
+def _is_due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0

@@ -1,0 +1,133 @@
+"""What flows through the program: Prompt -> Rollout -> ScoredRollout -> TokenBatch -> UpdateResult.
+
+Three rules, enforced where the data is built (`batching.collate`):
+
+1. Alignment. Index t of every per-token tensor speaks of `target_ids[:, t]`.
+2. Normalisation. A loss is a sum over loss tokens, divided once by their count over the whole optimizer step.
+3. Log-probabilities. `rollout_logprobs` are those of the distribution that was sampled from (after temperature, top-k,
+   top-p, min-p); `student_logprobs` and `teacher_logprobs` are full-softmax, at temperature 1, fp32.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenised prompt with what is known of its answer.
+
+    Example: `Prompt("gsm8k-7", (151644, 872, ...), text="Natalia sold ...", answer="72")`.
+
+    Attributes:
+        id: unique within its data set.
+        prompt_ids: the chat-templated prompt.
+        text: the user's question, for people to read.
+        answer: reference answer, for grading.
+        golden_ids: a whole golden response with its end token, where the data has worked answers.
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    text: str = ""
+    answer: str | None = None
+    golden_ids: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One response to a prompt.
+
+    Example: `Rollout(prompt, response_ids=(15, 22, 0), rollout_logprobs=(-0.1, -2.3, -0.4), finish_reason="stop")`:
+    the last response token is the end token, and each has its log-probability under the distribution sampled from.
+
+    Attributes:
+        sample: which of the prompt's samples this is.
+        policy_version: optimizer steps taken by the weights that sampled it.
+    """
+
+    prompt: Prompt
+    response_ids: tuple[int, ...]
+    rollout_logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    sample: int = 0
+    policy_version: int = 0
+
+    def __len__(self) -> int:
+        """Response tokens."""
+        return len(self.response_ids)
+
+
+@dataclass(frozen=True)
+class TeacherScores:
+    """What a teacher says of one rollout's T response tokens: as much as was asked for.
+
+    Attributes:
+        logprobs: [T] log p of each response token.
+        entropies: [T] of the teacher's distribution at each, in nats.
+        hidden: [T, H] last hidden states that predict each response token.
+    """
+
+    logprobs: Tensor | None = None
+    entropies: Tensor | None = None
+    hidden: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ScoredRollout:
+    """A rollout with its teacher's scores."""
+
+    rollout: Rollout
+    scores: TeacherScores = field(default_factory=TeacherScores)
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Rollouts as tensors, right-padded: B rollouts, T positions, N = loss_mask.sum() loss tokens.
+
+    Example: prompt (1, 2), response (3, 0), padded to T = 4::
+
+        input_ids      1 2 3 0        the last token of a row predicts nothing and is not fed
+        target_ids     2 3 0 0
+        response_mask  0 1 1 0        1 where the target was generated
+        loss_mask      0 1 1 0        1 where it is trained on
+
+    Attributes:
+        attention_mask: [B, T], 1 on tokens.
+        rollout_logprobs, teacher_logprobs, teacher_entropies: [B, T], 0 outside the response; None if not there.
+        teacher_hidden: [N, H], of the loss tokens alone, in row-major order of `loss_mask`.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    target_ids: Tensor
+    response_mask: Tensor
+    loss_mask: Tensor
+    rollout_logprobs: Tensor
+    teacher_logprobs: Tensor | None = None
+    teacher_entropies: Tensor | None = None
+    teacher_hidden: Tensor | None = None
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return int(self.loss_mask.sum())
+
+    def loss_positions(self, per_token: Tensor) -> Tensor:
+        """The entries of a `[B, T, ...]` tensor at loss tokens: `[N, ...]`, row-major."""
+        return per_token[self.loss_mask.bool()]
+
+    def to(self, device: torch.device | str) -> Self:
+        moved = {f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """One optimizer step: `grad_norm` is the global norm before clipping, `lr` the learning rate used."""
+
+    grad_norm: float
+    lr: float

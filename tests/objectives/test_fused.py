@@ -1,0 +1,273 @@
+"""The fused path against naive references that build every logit, over dtypes, heads and shapes."""
+
+import gc
+import itertools
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from poweropd.objectives import build, fused
+from poweropd.objectives.fused import LMHead, full_loss, head_logits, sampled_loss, token_scores
+
+N, V, H, TEACHER_H = 13, 37, 8, 12
+REAL_V = 33
+
+
+def naive_logits(hidden: Tensor, head: LMHead) -> Tensor:
+    """Logits of every row, end tokens merged, written from the definition (no code of `fused`)."""
+    logits = hidden @ head.weight.to(hidden.dtype).T
+    logits = logits.float() if hidden.dtype == torch.bfloat16 else logits
+    if head.bias is not None:
+        logits = logits + head.bias
+    logits = logits * head.scale
+    if head.softcap:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    logits = logits[:, : head.vocab_size]
+    if head.end_ids:
+        merged = logits[:, list(head.end_ids)].exp().sum(1).log()
+        columns = [
+            merged if i == head.end_ids[0] else torch.full_like(merged, -1e9) if i in head.end_ids else logits[:, i]
+            for i in range(head.vocab_size)
+        ]
+        logits = torch.stack(columns, 1)
+    return logits
+
+
+HEADS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "softcap": {"softcap": 3.0},
+    "scale": {"scale": 0.25},
+    "merged ends": {"end_ids": (4, 9)},
+    "everything": {"bias": True, "softcap": 3.0, "scale": 0.5, "end_ids": (9, 4, 30)},
+}
+
+
+def make_head(kind: str, hidden_size: int, dtype: torch.dtype, rows: int = V) -> LMHead:
+    options = dict(HEADS[kind])
+    if options.pop("bias", False):
+        options["bias"] = torch.randn(rows, dtype=dtype).requires_grad_()
+    weight = torch.randn(rows, hidden_size, dtype=dtype).requires_grad_()
+    return LMHead(weight, vocab_size=REAL_V, **options)
+
+
+def make_inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = torch.randn(N, H, dtype=dtype).requires_grad_()
+    targets = torch.randint(0, REAL_V, (N,))
+    targets[:3] = torch.tensor([4, 9, 30])
+    return hidden, targets, torch.randn(N, TEACHER_H, dtype=dtype)
+
+
+@pytest.fixture(params=[1, 5, 1000], ids=lambda rows: f"{rows}-row tiles")
+def _tile_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(fused.TILE_ELEMENTS, "cpu", request.param * REAL_V)
+    monkeypatch.setitem(fused.BLOCK_ELEMENTS, "cpu", (request.param // 2 + 1) * REAL_V)
+
+
+@pytest.mark.usefixtures("_tile_rows")
+@pytest.mark.parametrize("kind", HEADS)
+def test_sampled_loss_equals_autograd_over_all_logits(kind: str) -> None:
+    head = make_head(kind, H, torch.float64)
+    hidden, targets, _ = make_inputs(torch.float64)
+    teacher_logprobs = -torch.rand(N, dtype=torch.float64).mul(5)
+    objective = build("power", alpha=0.5)
+    terms = sampled_loss(hidden, head, targets, teacher_logprobs, objective.sampled, denominator=7)
+    terms.loss.backward()
+    parameters = [hidden, head.weight] + ([head.bias] if head.bias is not None else [])
+    got = [p.grad.clone() for p in parameters]
+
+    logprobs = naive_logits(hidden, head).log_softmax(-1)
+    spelt = torch.tensor([head.end_ids[0] if t in head.end_ids else t for t in targets.tolist()])
+    chosen = logprobs.gather(1, spelt[:, None])[:, 0]
+    reward = (teacher_logprobs.exp() ** 0.5 - chosen.exp() ** 0.5).detach()
+    loss = -(reward * chosen).sum() / 7
+    torch.testing.assert_close(terms.loss, loss)
+    torch.testing.assert_close(terms.logprobs, chosen.detach())
+    torch.testing.assert_close(terms.weights, reward)
+    torch.testing.assert_close(terms.entropies, -(logprobs.exp() * logprobs).sum(1).detach())
+    torch.testing.assert_close(got, list(torch.autograd.grad(loss, parameters)))
+    assert not got[1][REAL_V:].any()  # padding rows are never touched
+
+
+@pytest.mark.usefixtures("_tile_rows")
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "generalized_jsd", "exact_power"])
+@pytest.mark.parametrize("kind", HEADS)
+def test_full_loss_equals_autograd_over_all_logits(kind: str, name: str) -> None:
+    head, teacher_head = make_head(kind, H, torch.float64), make_head(kind, TEACHER_H, torch.float64, rows=V + 7)
+    hidden, targets, teacher_hidden = make_inputs(torch.float64)
+    objective = build(name)
+    terms = full_loss(hidden, head, targets, teacher_hidden, teacher_head, objective.full, denominator=7)
+    terms.loss.backward()
+    parameters = [hidden, head.weight] + ([head.bias] if head.bias is not None else [])
+    got = [p.grad.clone() for p in parameters]
+
+    student = naive_logits(hidden, head).log_softmax(-1)
+    teacher = naive_logits(teacher_hidden, teacher_head).log_softmax(-1)
+    values = objective.full(student, teacher)
+    loss = values.sum() / 7
+    torch.testing.assert_close(terms.loss, loss)
+    torch.testing.assert_close(terms.weights, values.detach())
+    torch.testing.assert_close(got, list(torch.autograd.grad(loss, parameters)))
+    assert teacher_head.weight.grad is None
+
+
+@pytest.mark.usefixtures("_tile_rows")
+@pytest.mark.parametrize("kind", HEADS)
+def test_token_scores_equal_log_softmax(kind: str) -> None:
+    head = make_head(kind, H, torch.float64)
+    hidden, targets, _ = make_inputs(torch.float64)
+    scores = token_scores(hidden, head, targets)
+    logprobs = naive_logits(hidden, head).log_softmax(-1)
+    spelt = torch.tensor([head.end_ids[0] if t in head.end_ids else t for t in targets.tolist()])
+    torch.testing.assert_close(scores.logprobs, logprobs.gather(1, spelt[:, None])[:, 0])
+    torch.testing.assert_close(scores.entropies, -(logprobs.exp() * logprobs).sum(1))
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["power", "log_ratio", "reverse_kl", "generalized_jsd"])
+def test_fused_is_no_worse_than_naive(name: str, dtype: torch.dtype, kind: str) -> None:
+    """Three-way oracle: against the truth in fp64, the fused gradients err no more than the naive ones, plus rounding."""
+    exact_head = make_head(kind, H, torch.float64)
+    teacher_head = make_head(kind, TEACHER_H, torch.float64)
+    exact_hidden, targets, teacher_hidden = make_inputs(torch.float64)
+    teacher_logprobs = -torch.rand(N, dtype=torch.float64).mul(3)
+    objective = build(name)
+
+    def gradients(to: torch.dtype, *, is_fused: bool) -> list[Tensor]:
+        hidden = exact_hidden.detach().to(to).requires_grad_()
+        weight = exact_head.weight.detach().to(to).requires_grad_()
+        bias = (
+            None
+            if exact_head.bias is None
+            else exact_head.bias.detach().float()
+            if to == torch.bfloat16
+            else exact_head.bias.detach().to(to)
+        )
+        head = replace(exact_head, weight=weight, bias=bias)
+        t_bias = (
+            None
+            if teacher_head.bias is None
+            else teacher_head.bias.detach().to(torch.float32 if to == torch.bfloat16 else to)
+        )
+        t_head = replace(teacher_head, weight=teacher_head.weight.detach().to(to), bias=t_bias)
+        t_hidden, t_logprobs = teacher_hidden.to(to), teacher_logprobs.to(torch.float32 if to == torch.bfloat16 else to)
+        if is_fused and objective.needs == "full":
+            loss = full_loss(hidden, head, targets, t_hidden, t_head, objective.full, denominator=N).loss
+        elif is_fused:
+            loss = sampled_loss(hidden, head, targets, t_logprobs, objective.sampled, denominator=N).loss
+        else:
+            logprobs = naive_logits(hidden, head).log_softmax(-1)
+            if objective.needs == "full":
+                loss = objective.full(logprobs, naive_logits(t_hidden, t_head).log_softmax(-1)).sum() / N
+            else:
+                spelt = torch.tensor([head.end_ids[0] if t in head.end_ids else t for t in targets.tolist()])
+                chosen = logprobs.gather(1, spelt[:, None])[:, 0]
+                loss = -(objective.sampled(chosen, t_logprobs) * chosen).sum() / N
+        return [g.double() for g in torch.autograd.grad(loss, [hidden, weight])]
+
+    truth = gradients(torch.float64, is_fused=False)
+    naive, ours = gradients(dtype, is_fused=False), gradients(dtype, is_fused=True)
+    for exact, reference, got in zip(truth, naive, ours, strict=True):
+        rounding = torch.finfo(dtype).eps * exact.norm()
+        assert (exact - got).norm() <= 1.1 * (exact - reference).norm() + rounding
+
+
+def test_gradient_matches_finite_differences() -> None:
+    head = make_head("everything", H, torch.float64)
+    teacher_head = make_head("everything", TEACHER_H, torch.float64)
+    hidden, targets, teacher_hidden = make_inputs(torch.float64)
+    value = build("generalized_jsd", weight=0.3).full
+
+    def loss(h: Tensor, w: Tensor) -> Tensor:
+        return full_loss(h, replace(head, weight=w), targets, teacher_hidden, teacher_head, value, denominator=3).loss
+
+    for tensor, entry in itertools.product((0, 1), ((0, 0), (4, 5), (9, 2))):
+        arguments = [hidden.detach().clone().requires_grad_(), head.weight.detach().clone().requires_grad_()]
+        gradient = torch.autograd.grad(loss(*arguments), arguments)[tensor][entry]
+        step = 1e-6
+        with torch.no_grad():
+            arguments[tensor][entry] += step
+            above = loss(*arguments)
+            arguments[tensor][entry] -= 2 * step
+            below = loss(*arguments)
+        assert gradient.item() == pytest.approx(((above - below) / (2 * step)).item(), rel=1e-5, abs=1e-9)
+
+
+def test_padding_of_either_head_never_gets_probability() -> None:
+    """A teacher padded to more rows, with wild padding, gives exactly the scores of one without padding."""
+    hidden, targets, _ = make_inputs(torch.float32)
+    weight = torch.randn(REAL_V, H)
+    padded = torch.cat([weight, 100 * torch.randn(50, H)])
+    bare, wild = (token_scores(hidden, LMHead(w, vocab_size=REAL_V), targets) for w in (weight, padded))
+    torch.testing.assert_close(bare.logprobs, wild.logprobs)
+
+
+def test_merged_end_tokens_share_one_probability() -> None:
+    hidden, _, _ = make_inputs(torch.float64)
+    head = LMHead(torch.randn(V, H, dtype=torch.float64), vocab_size=REAL_V, end_ids=(4, 9))
+    plain = head_logits(hidden, replace(head, end_ids=())).softmax(-1)
+    for target in (4, 9):
+        got = token_scores(hidden, head, torch.full((N,), target)).logprobs.exp()
+        torch.testing.assert_close(got, plain[:, 4] + plain[:, 9])
+    other = token_scores(hidden, head, torch.full((N,), 7)).logprobs.exp()
+    torch.testing.assert_close(other, plain[:, 7])
+
+
+def test_heads_of_different_vocabularies_are_refused() -> None:
+    head = LMHead(torch.randn(V, H), vocab_size=REAL_V)
+    with pytest.raises(ValueError, match="must share vocab_size"):
+        full_loss(
+            torch.randn(2, H),
+            head,
+            torch.tensor([0, 1]),
+            torch.randn(2, H),
+            replace(head, vocab_size=30),
+            build("reverse_kl").full,
+            1,
+        )
+
+
+def test_no_tokens_give_zero_loss_and_zero_gradient() -> None:
+    hidden, weight = torch.randn(0, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+    head = LMHead(weight, vocab_size=REAL_V)
+    terms = sampled_loss(hidden, head, torch.zeros(0, dtype=torch.long), torch.zeros(0), build("power").sampled, 1)
+    terms.loss.backward()
+    assert terms.loss.item() == 0
+    assert not weight.grad.any()
+
+
+MEMORY = """
+import resource, sys, torch
+from poweropd.objectives import build
+from poweropd.objectives.fused import LMHead, full_loss, sampled_loss
+torch.set_num_threads(1)
+N, V, H = 1024, 151_936, 256
+weight, teacher_weight = torch.randn(V, H).mul_(0.1).requires_grad_(), torch.randn(V, 2 * H).mul_(0.1)
+hidden, teacher_hidden = torch.randn(N, H, requires_grad=True), torch.randn(N, 2 * H)
+targets = torch.randint(0, V, (N,))
+head, teacher_head = LMHead(weight, vocab_size=V), LMHead(teacher_weight, vocab_size=V)
+torch.mm(torch.randn(256, 256), torch.randn(256, 256))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+objective = build(sys.argv[1])
+if objective.needs == "full":
+    terms = full_loss(hidden, head, targets, teacher_hidden, teacher_head, objective.full, N)
+else:
+    terms = sampled_loss(hidden, head, targets, -torch.rand(N), objective.sampled, N)
+terms.loss.backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (N * V * 4))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "bound"), [("power", 0.5), ("reverse_kl", 1.0), ("generalized_jsd", 1.0), ("exact_power", 1.0)]
+)
+def test_memory_stays_far_below_one_logits_tensor(name: str, bound: float) -> None:
+    """Peak memory at 1,024 tokens and 151,936 words, head gradient included, in units of one fp32 [tokens, vocabulary]."""
+    gc.collect()
+    got = subprocess.run([sys.executable, "-c", MEMORY, name], capture_output=True, text=True, check=True)
+    assert float(got.stdout) <= bound
