@@ -84,8 +84,8 @@ def load_pair(recipe: Recipe) -> ModelPair:
         revision=recipe.teacher.revision,
     )
     rows = [model.get_output_embeddings().weight.shape[0] for model in (student, teacher)]
-    ends = [end_token_ids(student, tokenizer), end_token_ids(teacher, teacher_tokenizer)]
-    for ids, name in zip(ends, (recipe.student.model, recipe.teacher.model), strict=True):
+    student_ends, teacher_ends = end_token_ids(student, tokenizer), end_token_ids(teacher, teacher_tokenizer)
+    for ids, name in ((student_ends, recipe.student.model), (teacher_ends, recipe.teacher.model)):
         if not ids:
             raise ModelError(f"{name!r} names no end token (eos_token_id); set one in its generation_config.json")
     return ModelPair(
@@ -94,7 +94,7 @@ def load_pair(recipe: Recipe) -> ModelPair:
         tokenizer=tokenizer,
         teacher_tokenizer=teacher_tokenizer,
         vocab_size=shared_vocab_size(tokenizer, teacher_tokenizer, *rows),
-        end_tokens=EndTokens(*ends, recipe.objective.end_token),
+        end_tokens=EndTokens(student_ends, teacher_ends, recipe.objective.end_token),
         precision=resolve_precision(recipe.student.precision, device),
     )
 

@@ -49,6 +49,7 @@ def collate(scored: Sequence[ScoredRollout], *, pad_id: int, masked_end_ids: Seq
             return None
         placed = torch.zeros((batch, width), dtype=torch.float32)
         for index, (row, value) in enumerate(zip(rows, values, strict=True)):
+            assert value is not None
             placed[index, slice(*_response_span(row))] = value
         return placed
 
@@ -79,4 +80,4 @@ def _response_span(rollout: Rollout) -> tuple[int, int]:
 
 
 def _pad(rows: Sequence[Tensor], value: int) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 # Before torch loads: OpenMP threads that spin while they wait make a busy machine many times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -28,6 +28,8 @@ console = Console(highlight=False, soft_wrap=True)
 
 Out = Annotated[Path, typer.Option(help="Directory to write; never written over.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a setting of the recipe.")]
+Precision = Literal["auto", "float32", "bfloat16"]
+GradingMode = Literal["math", "exact"]
 Debug = Annotated[bool, typer.Option(help="Show the traceback of an error.")]
 
 
@@ -134,8 +136,8 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 1024,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first problems only.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 64,
-    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    grading: Annotated[str, typer.Option(help="math: compare values; exact: compare texts.")] = "math",
+    precision: Annotated[Precision, typer.Option(help="Of weights and matmuls.")] = "auto",
+    grading: Annotated[GradingMode, typer.Option(help="Compare answers as values or as text.")] = "math",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     debug: Debug = False,
 ) -> None:
@@ -148,9 +150,8 @@ def evaluate(
         from poweropd.console import ConsoleObserver
         from poweropd.evaluation.standalone import evaluate_model
 
-        source = "parquet" if data.suffix == ".parquet" else "jsonl"
         config = DataConfig(
-            source=source, path=str(data), prompt=prompt, answer=answer, template=template, limit=limit,
+            source="parquet" if data.suffix == ".parquet" else "jsonl", path=str(data), prompt=prompt, answer=answer, template=template, limit=limit,
             enable_thinking=thinking,
         )  # fmt: skip
         sampling = SamplingConfig(temperature=temperature, max_new_tokens=max_new_tokens, samples_per_prompt=samples)

@@ -97,7 +97,7 @@ def position_records(step: int, result: GradientResult, objective: Objective) ->
 def rollout_records(
     step: int, scored: Sequence[ScoredRollout], result: GradientResult, tokenizer: PreTrainedTokenizerBase, count: int
 ) -> list[dict[str, Any]]:
-    """The first `count` rollouts of a step, token by token. `weights` are advantages, or divergences of a full objective."""
+    """The first `count` rollouts of a step by token. `weights` are advantages, or divergences of a full objective."""
     return [
         {
             "step": step,

@@ -82,7 +82,8 @@ def load_model(name: str, *, dtype: torch.dtype, device: torch.device, revision:
     try:
         _check_complete(name)
         with no_progress_bars():
-            model = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype, revision=revision).to(device)
+            model = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype, revision=revision)
+            torch.nn.Module.to(model, device)
     except UNREADABLE as error:
         raise _unreadable("model", name, error) from error
     model.eval()

@@ -38,7 +38,8 @@ def load_prompts(
     if config.chat and not tokenizer.chat_template:
         raise ConfigError(f"{key}.chat: the tokenizer has no chat template; set {key}.chat=false for plain prompts")
     limit = min(max_prompt_tokens, config.max_prompt_tokens or max_prompt_tokens)
-    prompts, overlong = [], []
+    prompts: list[Prompt] = []
+    overlong: list[Prompt] = []
     for index, row in enumerate(islice(_rows(config, seed, key), config.limit)):
         prompt = _prompt(config, tokenizer, row, index, end_id, key)
         (prompts if len(prompt.prompt_ids) <= limit else overlong).append(prompt)
@@ -67,10 +68,9 @@ def _prompt(
     text = config.template.replace("{prompt}", question)
     if config.chat:
         system = [{"role": "system", "content": config.system}] if config.system else []
-        thinking = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
-        text = tokenizer.apply_chat_template(
-            [*system, {"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, **thinking
-        )
+        thinking: dict[str, Any] = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
+        messages = [*system, {"role": "user", "content": text}]
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **thinking))
     golden = None
     if config.golden:
         golden = (*tokenizer.encode(column(config.golden), add_special_tokens=False), end_id)

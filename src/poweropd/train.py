@@ -50,8 +50,9 @@ def train(
             observer.say(f"{out} is finished, all {recipe.train.steps} steps; nothing to resume")
             return
         run.set_status("running")
-        for place in (TEACHER, UNTRAINED) if known_evaluations else ():
-            shutil.copytree(known_evaluations / place, out / "eval" / place)
+        if known_evaluations is not None:
+            for place in (TEACHER, UNTRAINED):
+                shutil.copytree(known_evaluations / place, out / "eval" / place)
         try:
             _Training(recipe, run, observer).run()
         except KeyboardInterrupt:

@@ -4,6 +4,7 @@ The enumeration: on a small vocabulary the expected gradient of a sampled object
 compared with a closed form to rounding. References here are written in probability space, from the definitions.
 """
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -280,13 +281,12 @@ def test_the_teacher_gets_no_gradient() -> None:
     ],
 )
 def test_bad_settings_are_refused(name: str, settings: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=None) as error:
+    with pytest.raises(ValueError, match=re.escape(message)):
         build(name, **settings)
-    assert message in str(error.value)
 
 
 def test_a_missing_form_is_refused_with_the_alternatives() -> None:
-    with pytest.raises(ValueError, match="no sampled form.*power"):
+    with pytest.raises(ValueError, match=r"no sampled form.*power"):
         build("reverse_kl").sampled(torch.zeros(1), torch.zeros(1))
-    with pytest.raises(ValueError, match="no full-vocabulary form.*reverse_kl"):
+    with pytest.raises(ValueError, match=r"no full-vocabulary form.*reverse_kl"):
         build("power").full(torch.zeros(1, 2), torch.zeros(1, 2))

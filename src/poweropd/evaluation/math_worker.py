@@ -16,10 +16,7 @@ READY = "ready"
 
 def compare(answer: str, reference: str) -> str:
     """`correct`, `wrong` or `unparsable`, by math-verify without its own signal-based timeouts."""
-    gold, given = (
-        math_verify.parse(f"\\boxed{{{text}}}", parsing_timeout=None)  # type: ignore[arg-type]
-        for text in (reference, answer)
-    )
+    gold, given = (math_verify.parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (reference, answer))
     if not gold or not given:
         return "unparsable"
     return "correct" if math_verify.verify(gold, given, timeout_seconds=None) else "wrong"

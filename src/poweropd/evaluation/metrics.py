@@ -31,7 +31,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def bootstrap(per_problem: Sequence[float], *, seed: int = 0) -> Estimate:
-    """Mean over problems, with a percentile interval from resampled problems: samples of one problem are not independent."""
+    """Mean over problems with a percentile interval from resampled problems, whose samples are not independent."""
     values = np.asarray(per_problem, dtype=float)
     draws = np.random.default_rng(seed).integers(len(values), size=(BOOTSTRAP_SAMPLES, len(values)))
     low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])

@@ -77,7 +77,7 @@ def evaluate(
 def decode_response(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> str:
     """The text of a response without the token that ended it."""
     ids = rollout.response_ids
-    return tokenizer.decode(ids[:-1] if ids and ids[-1] in stop_ids else ids)
+    return str(tokenizer.decode(list(ids[:-1] if ids and ids[-1] in stop_ids else ids)))
 
 
 def _record(rollout: Rollout, response: str, grade: Grade) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from poweropd.config import DataConfig, SamplingConfig
-from poweropd.errors import ConfigError, RunError
+from poweropd.errors import RunError
 from poweropd.evaluation.grading import Grader, GradingMode
 from poweropd.evaluation.runner import evaluate
 from poweropd.models import default_device, load_model, load_tokenizer, resolve_precision
@@ -39,10 +39,7 @@ def evaluate_model(
             f"{out} holds an evaluation on {benchmark} already, which is never written over. Use another --out"
         )
     device = default_device()
-    try:
-        dtype = resolve_precision(precision, device)
-    except KeyError:
-        raise ConfigError(f"--precision {precision!r}: choose auto, float32 or bfloat16") from None
+    dtype = resolve_precision(precision, device)
     tokenizer = load_tokenizer(name)
     model = load_model(name, dtype=dtype, device=device)
     end_ids = end_token_ids(model, tokenizer)

@@ -88,7 +88,8 @@ def _through_logits(gradient: Tensor, block: _Block, head: LMHead) -> Tensor:
         of_ends = gradient[:, head.end_ids[0], None] * torch.softmax(block.ends, dim=1)
     if head.softcap is not None:
         gradient *= 1 - (block.logits / head.softcap).square()  # the slope of the softcap, from the capped value
-        of_ends = None if of_ends is None else of_ends * (1 - (block.ends / head.softcap).square())  # type: ignore[operator]
+        if of_ends is not None and block.ends is not None:
+            of_ends = of_ends * (1 - (block.ends / head.softcap).square())
     if of_ends is not None:
         gradient[:, list(head.end_ids)] = of_ends
     if head.scale != 1.0:
@@ -318,7 +319,7 @@ class _FusedLoss(torch.autograd.Function):
     """Runs a sweep over the tiles in forward, where it also takes the gradients; backward only scales them."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head, sweep):  # type: ignore[no-untyped-def, override]
+    def forward(ctx, hidden, weight, bias, head, sweep):  # type: ignore[no-untyped-def]
         _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         backward = _HeadBackward(hidden.detach(), head, for_weight=needs_weight, for_bias=needs_bias)
         terms = sweep(backward)
@@ -327,7 +328,7 @@ class _FusedLoss(torch.autograd.Function):
         return tuple(terms)
 
     @staticmethod
-    def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
         if ctx.gradients is None:
             raise RuntimeError("a fused loss can be differentiated once: its gradients were handed over")
         gradients, ctx.gradients = ctx.gradients, None

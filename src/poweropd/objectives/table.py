@@ -3,13 +3,14 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from poweropd.objectives import divergences, rewards, shaping
 from poweropd.objectives.shaping import RewardStatistics
 
+Needs = Literal["nothing", "sampled", "full"]  # what an objective asks of the teacher
 PAPER = "PowerOPD, arXiv 2606.17199"
 
 
@@ -38,7 +39,7 @@ class Row:
     on_golden_answers: bool = False
 
     @property
-    def needs(self) -> str:
+    def needs(self) -> Needs:
         """What the teacher must give: `sampled` (log p of the sampled token), `full` (its distribution) or `nothing`."""
         if self.on_golden_answers:
             return "nothing"
@@ -159,7 +160,7 @@ class Objective:
         return OBJECTIVES[self.name]
 
     @property
-    def needs(self) -> str:
+    def needs(self) -> Needs:
         return self.row.needs
 
     @property

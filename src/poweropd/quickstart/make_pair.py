@@ -30,7 +30,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 VOCABULARY = 512
-SIZES = {"teacher": dict(hidden_size=192, num_hidden_layers=6), "student": dict(hidden_size=128, num_hidden_layers=4)}
+SIZES = {"teacher": (192, 6), "student": (128, 4)}  # hidden size, layers
 Row = tuple[list[int], list[int]]  # token ids, and 1 where the token is trained on
 
 
@@ -137,13 +137,15 @@ def train(
     model.eval()
 
 
-def make_model(size: dict[str, int], tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
+def make_model(size: tuple[int, int], tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
     torch.manual_seed(seed)
-    heads = size["hidden_size"] // 32
+    hidden_size, layers = size
+    heads = hidden_size // 32
     config = Qwen3Config(
-        **size,
+        hidden_size=hidden_size,
+        num_hidden_layers=layers,
         vocab_size=VOCABULARY,
-        intermediate_size=3 * size["hidden_size"],
+        intermediate_size=3 * hidden_size,
         num_attention_heads=heads,
         num_key_value_heads=heads // 2,
         head_dim=32,
@@ -161,10 +163,10 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, end_token:
     end = tokenizer.convert_tokens_to_ids(end_token)
     model.config.eos_token_id = model.generation_config.eos_token_id = end
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     tokenizer.eos_token = end_token
     tokenizer.save_pretrained(folder)
-    model.to(torch.float32)
+    model.float()
 
 
 def main() -> None:
@@ -189,7 +191,7 @@ def main() -> None:
     def rows(kind: Callable[..., Iterator[Row]], seed: int) -> Iterator[Row]:
         return kind(problems(families, split="train", seed=seed), random.Random(seed), encode)
 
-    shape = dict(batch=args.batch, length=args.length)
+    shape = {"batch": args.batch, "length": args.length}
     if args.only != "teacher":
         student = make_model(SIZES["student"], tokenizer, args.seed)
         train(student, rows(base_rows, 2), steps=args.student_steps, lr=2e-3, label="student base", **shape)

@@ -172,8 +172,8 @@ def _rollouts(run: RunData) -> str:
     steps = sorted({record["step"] for record in run.rollouts})
     chosen = [record for record in run.rollouts if record["step"] in (steps[0], steps[-1])]
     return (
-        "<h2>A few rollouts</h2><p class='soft'>Each token is coloured by its training weight: blue is encouraged, orange "
-        "discouraged. Point at one for its probabilities.</p>" + "".join(_rollout(record) for record in chosen)
+        "<h2>A few rollouts</h2><p class='soft'>Each token is coloured by its training weight: blue is encouraged, "
+        "orange discouraged. Point at one for its probabilities.</p>" + "".join(_rollout(record) for record in chosen)
     )
 
 

@@ -45,7 +45,7 @@ class RunData:
         """What the metrics call the training signal: `reward` or `divergence`."""
         return "divergence" if self.metrics and "divergence/mean" in self.metrics[0] else "reward"
 
-    def column(self, key: str) -> tuple[list[int], list[float]]:
+    def column(self, key: str) -> tuple[list[float], list[float]]:
         """Steps and values of a metric, where it was logged."""
         found = [(record["step"], record[key]) for record in self.metrics if key in record]
         return [step for step, _ in found], [value for _, value in found]
@@ -149,7 +149,7 @@ def _evaluation_figures(runs: list[RunData]) -> list[Figure]:
             points = [(step, summary) for step, summary in run.evaluations.items() if key in summary]
             bands = [summary["intervals"][key] for _, summary in points]
             if points:
-                steps = [step for step, _ in points]
+                steps: list[float] = [step for step, _ in points]
                 values = [summary[key] for _, summary in points]
                 low, high = ([band[side] for band in bands] for side in (0, 1))
                 series.append(Series(run.name, steps, values, low, high, run=index))
@@ -183,7 +183,7 @@ def _training_figures(runs: list[RunData]) -> list[Figure]:
                 if values:
                     part = "" if len(keys) == 1 else f" {key.rpartition('/')[2]}"
                     name = f"{run.name}{part}" if len(runs) > 1 else (part.strip() or run.name)
-                    series.append(Series(name, list(steps), values, style=style, run=index))
+                    series.append(Series(name, steps, values, style=style, run=index))
         return Figure(title, "optimizer step", label, series, caption, log_y=log_y)
 
     sampled = all(run.signal == "reward" for run in runs)

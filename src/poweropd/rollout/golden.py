@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from poweropd.errors import ConfigError
 from poweropd.rollout.engine import Sampling
-from poweropd.types import Prompt, Rollout
+from poweropd.types import FinishReason, Prompt, Rollout
 
 
 class GoldenEngine:
@@ -20,5 +20,5 @@ class GoldenEngine:
         if prompt.golden_ids is None:
             raise ConfigError(f"prompt {prompt.id} has no golden answer; set data.golden to the column that holds it")
         ids = prompt.golden_ids[:limit]
-        reason = "stop" if len(ids) == len(prompt.golden_ids) else "length"
+        reason: FinishReason = "stop" if len(ids) == len(prompt.golden_ids) else "length"
         return Rollout(prompt, ids, (0.0,) * len(ids), reason)

@@ -17,7 +17,7 @@ COMPACT_AT = 0.125  # finished rows leave the batch once they are this share of 
 
 
 class _Request(NamedTuple):
-    index: int
+    place: int  # in the order of the results
     prompt: Prompt
     sample: int
 
@@ -55,12 +55,12 @@ class HFEngine:
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> list[Rollout]:
         pairs = [(prompt, sample) for prompt in prompts for sample in range(sampling.samples_per_prompt)]
-        requests = [_Request(index, *pair) for index, pair in enumerate(pairs)]
+        requests = [_Request(place, *pair) for place, pair in enumerate(pairs)]
         requests.sort(key=lambda request: len(request.prompt.prompt_ids))
         rollouts: dict[int, Rollout] = {}
         for start in range(0, len(requests), self._sequences_per_batch):
             rollouts |= self._decode(requests[start : start + self._sequences_per_batch], sampling, seed)
-        return [rollouts[index] for index in range(len(requests))]
+        return [rollouts[place] for place in range(len(requests))]
 
     def _decode(self, requests: list[_Request], sampling: Sampling, seed: int) -> dict[int, Rollout]:
         device = self._model.device
@@ -121,7 +121,7 @@ class HFEngine:
         columns = zip(requests, responses.tolist(), logprobs.tolist(), lengths.tolist(), stopped.tolist(), strict=True)
         for request, ids, values, length, has_stopped in columns:
             reason: FinishReason = "stop" if has_stopped else "length"
-            rollouts[request.index] = Rollout(
+            rollouts[request.place] = Rollout(
                 request.prompt, tuple(ids[:length]), tuple(values[:length]), reason, request.sample, self._version
             )
         return rollouts

@@ -7,8 +7,8 @@ from transformers import PreTrainedModel
 
 from poweropd.batching import collate, group_by_tokens
 from poweropd.models import hidden_states, lm_head
+from poweropd.objectives import Needs
 from poweropd.objectives.fused import LMHead, token_scores
-from poweropd.teacher.scorer import Needs
 from poweropd.types import Rollout, ScoredRollout, TeacherScores
 
 
@@ -28,7 +28,8 @@ class HFTeacher:
     ) -> None:
         self._model = model.requires_grad_(False)
         self._tokens_per_batch = tokens_per_batch
-        self.head: LMHead = lm_head(model, vocab_size=vocab_size, end_ids=end_ids)
+        self._own_head = lm_head(model, vocab_size=vocab_size, end_ids=end_ids)
+        self.head: LMHead | None = self._own_head
 
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout], *, needs: Needs) -> list[TeacherScores]:
@@ -46,7 +47,7 @@ class HFTeacher:
         lengths = [len(rollout) for rollout in rollouts]
         if needs == "full":
             return [TeacherScores(hidden=rows) for rows in hidden.split(lengths)]
-        scores = token_scores(hidden, self.head, batch.loss_positions(batch.target_ids))
+        scores = token_scores(hidden, self._own_head, batch.loss_positions(batch.target_ids))
         return [
             TeacherScores(logprobs=logprobs.cpu(), entropies=entropies.cpu())
             for logprobs, entropies in zip(scores.logprobs.split(lengths), scores.entropies.split(lengths), strict=True)

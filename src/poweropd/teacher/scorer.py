@@ -1,12 +1,11 @@
 """The protocol of every teacher."""
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
+from poweropd.objectives import Needs
 from poweropd.objectives.fused import LMHead
 from poweropd.types import Rollout, TeacherScores
-
-Needs = Literal["nothing", "sampled", "full"]
 
 
 class TeacherScorer(Protocol):
