@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One busy core beside ours makes OpenMP's default spinning many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: quickstart test test-all lint benchmark-memory docs clean
+.PHONY: quickstart test test-all lint docs clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/poweropd quickstart
@@ -28,6 +28,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+docs: $(VENV)/.installed
+	$(BIN)/poweropd objectives --markdown > docs/objectives.md
 
 clean:
 	rm -rf $(VENV)

@@ -243,7 +243,7 @@ def _free(path: Path) -> Path:
 
 
 @contextmanager
-def _plain_errors(debug: bool) -> Iterator[None]:  # noqa: FBT001
+def _plain_errors(debug: bool) -> Iterator[None]:
     """A user's error is its message alone: exit 1. An interrupted command exits 130."""
     try:
         yield

@@ -30,11 +30,11 @@ def refuse_non_finite(
             raise NonFiniteError(
                 f"step {step}: not finite at token {at} ({token!r}) of the response to prompt {rollout.prompt.id}: reward "
                 f"{terms.weights[at]:g}, log-probability {terms.logprobs[at]:g} (student), "
-                f"{terms.teacher_logprobs[at]:g} (teacher). No update was made"
+                f"{terms.teacher_logprobs[at]:g} (teacher). No update was made, try a lower learning rate"
             )
     raise NonFiniteError(
-        f"step {step}: loss {result.loss:g}, gradient norm {grad_norm:g}; every reward is finite, so the backward pass "
-        "overflowed. No update was made. Try a lower learning rate, or precision float32"
+        f"step {step}: loss {result.loss:g}, gradient norm {grad_norm:g}, though every reward is finite: the backward "
+        "pass overflowed. No update was made, try a lower learning rate or precision float32"
     )
 
 

@@ -145,6 +145,8 @@ def _check_halves(model: PreTrainedModel, name: str) -> None:
         raise ModelError(f"{name!r} ({type(model).__name__}) has no LM head; a causal language model is needed")
     ids = torch.arange(1, 5, device=model.device)[None]
     expected = model(input_ids=ids, use_cache=False).logits[0].float()
+    if not expected.isfinite().all():
+        raise ModelError(f"{name!r} gives logits that are not finite: its weights are spoilt. Use another copy")
     hidden = hidden_states(model, ids, torch.ones_like(ids))[0]
     got = head_logits(hidden, lm_head(model, vocab_size=expected.shape[-1]))
     if not torch.allclose(got, expected, rtol=HEAD_TOLERANCE, atol=HEAD_TOLERANCE * expected.abs().max().item()):

@@ -37,6 +37,10 @@ def load_prompts(
     """
     if config.chat and not tokenizer.chat_template:
         raise ConfigError(f"{key}.chat: the tokenizer has no chat template; set {key}.chat=false for plain prompts")
+    if max_prompt_tokens < 1:
+        raise ConfigError(
+            f"{key}: max_new_tokens fills the models' whole context, {1 - max_prompt_tokens} tokens too many"
+        )
     limit = min(max_prompt_tokens, config.max_prompt_tokens or max_prompt_tokens)
     prompts: list[Prompt] = []
     overlong: list[Prompt] = []
@@ -78,9 +82,14 @@ def _prompt(
         id=str(row.get("id", index)),
         prompt_ids=tuple(tokenizer.encode(text, add_special_tokens=not config.chat)),
         text=question,
-        answer=column(config.answer) if config.answer else None,
+        answer=_reference(column(config.answer)) if config.answer else None,
         golden_ids=golden,
     )
+
+
+def _reference(text: str) -> str:
+    """The answer itself: GSM8K writes it after `####`, behind the worked solution."""
+    return text.rpartition("####")[2].strip()
 
 
 def _rows(config: DataConfig, seed: int, key: str) -> Iterable[dict[str, Any]]:

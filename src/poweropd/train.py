@@ -58,6 +58,11 @@ def train(
         except KeyboardInterrupt:
             run.set_status("interrupted")
             raise
+        except NonFiniteError as error:
+            run.set_status("failed", error=str(error))
+            newest = checkpoint.newest_step(out / CHECKPOINTS)
+            kept = "no checkpoint was due yet" if newest is None else f"the checkpoint of step {newest} is kept"
+            raise NonFiniteError(f"{error}; {kept}") from error
         except BaseException as error:
             run.set_status("failed", error=str(error))
             raise
@@ -137,11 +142,7 @@ class _Training:
                     masked_end_ids=parts.pair.end_tokens.masked_ids,
                 )
                 grad_norm = parts.student.gradient_norm()
-                try:
-                    guards.refuse_non_finite(result, grad_norm, rollouts, parts.pair.tokenizer, step)
-                except NonFiniteError:
-                    self._checkpoint(step)  # the weights before this step are good
-                    raise
+                guards.refuse_non_finite(result, grad_norm, rollouts, parts.pair.tokenizer, step)
                 update = parts.student.update(step, grad_norm)
                 parts.engine.update_weights(version=step + 1)
                 clock.lap("update")

@@ -1,0 +1,5 @@
+"""`python -m poweropd` is the `poweropd` command."""
+
+from poweropd.cli import main
+
+main()

@@ -1,0 +1,73 @@
+"""The alignment rule, by hand-written tables."""
+
+import pytest
+import torch
+
+from conftest import make_rollouts
+from poweropd.batching import collate, group_by_tokens
+from poweropd.types import Prompt, Rollout, ScoredRollout, TeacherScores
+
+A = ScoredRollout(
+    Rollout(Prompt("a", (11, 12)), (13, 9), (-0.1, -0.2), "stop"),
+    TeacherScores(logprobs=torch.tensor([-1.0, -2.0]), entropies=torch.tensor([0.5, 0.6])),
+)
+B = ScoredRollout(
+    Rollout(Prompt("b", (21,)), (22, 23, 24), (-0.3, -0.4, -0.5), "length"),
+    TeacherScores(logprobs=torch.tensor([-3.0, -4.0, -5.0]), entropies=torch.tensor([0.7, 0.8, 0.9])),
+)
+
+
+def test_every_per_token_tensor_speaks_of_target_ids() -> None:
+    batch = collate([A, B], pad_id=0)
+    assert batch.input_ids.tolist() == [[11, 12, 13], [21, 22, 23]]
+    assert batch.target_ids.tolist() == [[12, 13, 9], [22, 23, 24]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 1, 1]]
+    assert batch.response_mask.tolist() == [[0, 1, 1], [1, 1, 1]]
+    assert batch.loss_mask.tolist() == [[0, 1, 1], [1, 1, 1]]
+    torch.testing.assert_close(batch.rollout_logprobs, torch.tensor([[0, -0.1, -0.2], [-0.3, -0.4, -0.5]]))
+    assert batch.teacher_logprobs is not None
+    torch.testing.assert_close(batch.teacher_logprobs, torch.tensor([[0, -1.0, -2.0], [-3.0, -4.0, -5.0]]))
+    assert batch.num_loss_tokens == 5
+
+
+def test_shorter_rows_are_padded_on_the_right_and_masked() -> None:
+    long = ScoredRollout(Rollout(Prompt("c", (31, 32, 33)), (34, 35), (0.0, 0.0), "length"))
+    short = ScoredRollout(Rollout(Prompt("d", (41,)), (42,), (0.0,), "length"))
+    batch = collate([long, short], pad_id=7)
+    assert batch.input_ids.tolist() == [[31, 32, 33, 34], [41, 7, 7, 7]]
+    assert batch.target_ids.tolist() == [[32, 33, 34, 35], [42, 7, 7, 7]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 0, 0, 0]]
+    assert batch.loss_mask.tolist() == [[0, 0, 1, 1], [1, 0, 0, 0]]
+    assert batch.teacher_logprobs is None
+
+
+def test_a_masked_end_token_is_kept_in_the_response_but_not_in_the_loss() -> None:
+    batch = collate([A, B], pad_id=0, masked_end_ids=(9, 24))
+    assert batch.response_mask.tolist() == [[0, 1, 1], [1, 1, 1]]
+    assert batch.loss_mask.tolist() == [[0, 1, 0], [1, 1, 0]]
+
+
+def test_teacher_hidden_states_follow_the_loss_mask() -> None:
+    def with_hidden(item: ScoredRollout, first: int) -> ScoredRollout:
+        hidden = torch.arange(first, first + len(item.rollout))[:, None].float()
+        return ScoredRollout(item.rollout, TeacherScores(hidden=hidden))
+
+    batch = collate([with_hidden(A, 0), with_hidden(B, 10)], pad_id=0, masked_end_ids=(9,))
+    assert batch.teacher_hidden is not None
+    assert batch.teacher_hidden[:, 0].tolist() == [0, 10, 11, 12]
+    assert batch.loss_positions(batch.target_ids).tolist() == [13, 22, 23, 24]
+
+
+def test_groups_hold_every_rollout_once_within_the_budget() -> None:
+    rollouts = make_rollouts([(3, 5), (2, 40), (9, 9), (1, 1), (20, 2), (4, 4)])
+    groups = group_by_tokens(rollouts, 40)
+    assert sorted(index for group in groups for index in group) == list(range(6))
+    for group in groups:
+        longest = max(len(rollouts[i].prompt.prompt_ids) + len(rollouts[i]) for i in group)
+        assert len(group) == 1 or len(group) * longest <= 40
+
+
+@pytest.mark.parametrize("tokens", [1, 10, 10_000])
+def test_groups_of_any_budget_cover_everything(tokens: int) -> None:
+    rollouts = make_rollouts([(i % 5 + 1, i % 7 + 1) for i in range(30)])
+    assert sorted(sum(group_by_tokens(rollouts, tokens), [])) == list(range(30))

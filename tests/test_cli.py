@@ -1,0 +1,253 @@
+"""The command line: bad input gets one clear line, nothing is lost, no traceback is shown."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import typer
+from tokenizers import Tokenizer
+from typer.testing import CliRunner
+
+from conftest import RECIPE, ROOT
+from poweropd.cli import app
+from poweropd.models import resolve
+from poweropd.objectives import OBJECTIVES
+from poweropd.objectives.table import as_markdown
+from poweropd.runlog import RunDirectory
+
+SMALL = [
+    "train.steps=2",
+    "train.prompts_per_step=4",
+    "sampling.max_new_tokens=16",
+    "data.limit=20",
+    "evaluation.data=null",
+]
+
+
+def invoke(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def train(out: Path, *settings: str, recipe: Path = RECIPE) -> tuple[int, str]:
+    sets = [part for setting in (*SMALL, *settings) for part in ("--set", setting)]
+    return invoke("train", str(recipe), "--out", str(out), *sets)
+
+
+def copy_model(name: str, folder: Path) -> Path:
+    shutil.copytree(resolve(name), folder)
+    return folder
+
+
+def complaint(code: int, output: str) -> str:
+    """The one line of a refused command."""
+    lines = [line for line in output.splitlines() if line.startswith("error:")]
+    assert code == 1, output
+    assert len(lines) == 1, output
+    assert "Traceback" not in output
+    return lines[0]
+
+
+def test_a_small_run(tmp_path: Path) -> None:
+    code, output = train(tmp_path / "run")
+    assert code == 0, output
+    assert "end tokens differ: <|endoftext|> (student), <|im_end|> (teacher); both count as one outcome" in output
+    assert (tmp_path / "run" / "student" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_trains(name: str, tmp_path: Path) -> None:
+    golden = ["rollout.engine=golden"] if OBJECTIVES[name].on_golden_answers else []
+    code, output = train(tmp_path / "run", f"objective.name={name}", *golden)
+    assert code == 0, output
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(metrics) == 2
+    assert all(value == value for line in metrics for value in line.values())
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.step=3", "train.step: unknown key; did you mean 'steps'?"),
+        ("train.steps=many", "train.steps: input should be a valid integer"),
+        ("objective.alpha=0", "objective.alpha: 0 is outside (0, inf)"),
+        ("objective.alpha=-2", "objective.alpha: -2 is outside (0, inf)"),
+        ("student.model=/no/such/folder", "cannot read a tokenizer for the Hub id (or missing folder) '/no/such/folder'"),
+        ("data.families={gcdd: {}}", "data.families.gcdd"),
+        ("data.max_prompt_tokens=10", "prompts are longer than 10 tokens"),
+        ("sampling.max_new_tokens=1020", "prompts are longer than 4 tokens"),
+        ("sampling.max_new_tokens=1030", "data: max_new_tokens fills the models' whole context, 7 tokens too many"),
+        ("sampling.stop=[hello there]", "sampling.stop: 'hello there' is"),
+    ],
+)  # fmt: skip
+def test_bad_settings(setting: str, message: str, tmp_path: Path) -> None:
+    line = complaint(*train(tmp_path / "run", setting))
+    assert message in line
+
+
+def test_a_missing_recipe(tmp_path: Path) -> None:
+    assert "cannot read recipe" in complaint(*train(tmp_path / "run", recipe=tmp_path / "absent.yaml"))
+
+
+def test_a_truncated_model(tmp_path: Path) -> None:
+    folder = copy_model("quickstart:student", tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    line = complaint(*train(tmp_path / "run", f"student.model={folder}"))
+    assert "model.safetensors is damaged" in line
+    assert "bytes where" in line
+
+
+def test_a_model_without_weights(tmp_path: Path) -> None:
+    folder = copy_model("quickstart:student", tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    assert f"cannot read a model in the folder '{folder}'" in complaint(
+        *train(tmp_path / "run", f"student.model={folder}")
+    )
+
+
+def test_models_with_different_tokenizers(tmp_path: Path) -> None:
+    folder = copy_model("quickstart:teacher", tmp_path / "model")
+    data = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = data["model"]["vocab"]
+    one, other = list(vocabulary)[100:102]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    Tokenizer.from_str(json.dumps(data)).save(str(folder / "tokenizer.json"))
+    assert "student and teacher have different tokenizers: 2 of 512 ids differ" in complaint(
+        *train(tmp_path / "run", f"teacher.model={folder}")
+    )
+
+
+def test_data_problems_are_told_together(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "1 + 1?"}\n')
+    data = f"data={{source: jsonl, path: {rows}}}"
+    evaluation = f"evaluation.data={{source: jsonl, path: {tmp_path}/absent.jsonl}}"
+    code, output = train(tmp_path / "run", data, evaluation)
+    assert code == 1
+    assert "data: row 0 has no column 'problem'; it has 'question'" in output
+    assert "evaluation.data.path: there is no file" in output
+    rows.write_text("")
+    assert "data: no prompts in" in complaint(*train(tmp_path / "other", data))
+
+
+def test_a_directory_in_use(tmp_path: Path) -> None:
+    with RunDirectory.create(tmp_path / "run", RECIPE.read_text()):
+        assert "is in use by another process" in complaint(*invoke("train", "--resume", "--out", str(tmp_path / "run")))
+
+
+def test_resume_without_a_run(tmp_path: Path) -> None:
+    assert "holds no run to resume" in complaint(*invoke("train", "--resume", "--out", str(tmp_path)))
+    assert "--resume needs --out" in complaint(*invoke("train", "--resume"))
+
+
+def test_a_non_finite_loss_stops_before_the_update(tmp_path: Path) -> None:
+    """A learning rate that throws the weights away after the first step."""
+    out = tmp_path / "run"
+    code, output = train(out, "optimizer.lr=1e25", "optimizer.warmup_steps=0", "train.steps=4", "checkpoint.every=1")
+    line = complaint(code, output)
+    assert "step 1: not finite at token 0" in line
+    assert "reward nan" in line
+    assert "No update was made" in line
+    assert "the checkpoint of step 1 is kept" in line
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 1
+    assert json.loads((out / "manifest.json").read_text())["status"] == "failed"
+
+
+FULL_DISK = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))  # the checkpoint of this model is larger
+sys.argv = ["poweropd", *sys.argv[1:]]
+from poweropd.cli import main
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs setrlimit")
+def test_a_full_disk_while_saving(tmp_path: Path) -> None:
+    sets = [part for setting in SMALL for part in ("--set", setting)]
+    command = [sys.executable, "-c", FULL_DISK, "train", str(RECIPE), "--out", str(tmp_path / "run"), *sets]
+    got = subprocess.run(command, capture_output=True, text=True, check=False)
+    line = complaint(got.returncode, got.stderr)
+    assert "cannot save the checkpoint of step 2" in line
+    assert "Make room, then go on with --resume" in line
+    assert os.listdir(tmp_path / "run" / "checkpoints") == []
+
+
+def test_dry_run_prints_every_default(tmp_path: Path) -> None:
+    code, output = invoke(
+        "train", str(RECIPE), "--dry-run", "--set", "data.limit=20", "--set", "evaluation.data.limit=5"
+    )
+    assert code == 0, output
+    assert "max_grad_norm: 1.0" in output
+    assert "sampler parity" in output
+    assert not list(tmp_path.iterdir())
+
+
+def test_doctor_on_a_healthy_pair() -> None:
+    code, output = invoke("doctor", str(RECIPE), "--set", "data.limit=20", "--set", "evaluation.data.limit=5")
+    assert code == 0, output
+    assert "fail" not in output
+    for name in ("vocabulary", "end tokens", "context", "memory", "teacher determinism", "sampler parity"):
+        assert name in output
+
+
+def test_evaluate(tmp_path: Path) -> None:
+    problems = tmp_path / "problems.jsonl"
+    rows = [
+        {"id": "a", "problem": "State the final answer to the following arithmetic problem: 4 + 3 =", "answer": "7"}
+    ]
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [
+        "evaluate",
+        "quickstart:teacher",
+        "--data",
+        str(problems),
+        "--out",
+        str(tmp_path / "out"),
+        "--max-new-tokens",
+        "80",
+    ]
+    code, output = invoke(*arguments)
+    assert code == 0, output
+    assert "1 problems x 8 samples" in output
+    summary = json.loads((tmp_path / "out" / "problems.json").read_text())
+    assert summary["avg_at_8"] > 0.5
+    assert "which is never written over" in complaint(*invoke(*arguments))
+
+
+def test_objectives_lists_every_row_and_the_docs_agree() -> None:
+    code, output = invoke("objectives")
+    assert code == 0
+    assert all(name in output for name in OBJECTIVES)
+    assert (ROOT / "docs" / "objectives.md").read_text() == as_markdown()
+
+
+def commands_in(path: Path) -> list[str]:
+    lines = path.read_text().replace("\\\n", " ").splitlines()
+    return [
+        line.strip().removeprefix("$ ") for line in lines if line.strip().removeprefix("$ ").startswith("poweropd ")
+    ]
+
+
+@pytest.mark.parametrize("command", commands_in(ROOT / "README.md"))
+def test_the_commands_of_the_readme_exist(command: str) -> None:
+    """Every command line of the README names a verb and options that there are, and files that are in the repository."""
+    verb, *arguments = shlex.split(command, comments=True)[1:]
+    group = typer.main.get_command(app)
+    assert isinstance(group, click.Group) or hasattr(group, "commands")
+    context = group.commands[verb].make_context(verb, arguments)
+    recipe = context.params.get("recipe")
+    assert recipe is None or (ROOT / recipe).is_file()
+
+
+def test_help_needs_no_heavy_import() -> None:
+    code = "import sys; from poweropd.cli import app; print([m for m in ('torch', 'transformers', 'plotly') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

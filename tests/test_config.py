@@ -1,0 +1,125 @@
+"""Recipes: defaults in one place, every problem told at once, unknown keys refused."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import RECIPE, ROOT
+from poweropd.config import Recipe, load_recipe, parse_recipe
+from poweropd.errors import ConfigError
+
+BARE = {
+    "student": {"model": "s"},
+    "teacher": {"model": "t"},
+    "data": {"source": "jsonl", "path": "x.jsonl"},
+}
+
+
+def with_values(**sections: object) -> dict:
+    return {**BARE, **sections}
+
+
+@pytest.mark.parametrize(
+    ("values", "lines"),
+    [
+        (with_values(train={"step": 3}), ["train.step: unknown key; did you mean 'steps'?"]),
+        (with_values(trian={}), ["trian: unknown key; did you mean 'train'?"]),
+        (with_values(objective={"name": "power", "alfa": 1}), ["objective.alfa: power has no such setting; did you mean 'alpha'?"]),
+        (with_values(objective={"name": "power", "alpha": 0}), ["objective.alpha: 0 is outside (0, inf)"]),
+        (with_values(objective={"name": "powr"}), ["objective.name: unknown objective 'powr'; did you mean 'power'?"]),
+        (with_values(objective={"end_token": "drop"}), ["objective.end_token: input should be 'map', 'mask' or 'keep', got 'drop'"]),
+        (with_values(train={"steps": "many"}), ["train.steps: input should be a valid integer"]),
+        (with_values(train={"steps": 0}), ["train.steps: input should be greater than 0, got 0"]),
+        (with_values(sampling={"top_p": 1.5}), ["sampling.top_p: input should be less than or equal to 1, got 1.5"]),
+        (with_values(data={"source": "jsonl"}), ["data: source jsonl needs path: a file"]),
+        (with_values(data={"source": "reasoning_gym"}), ["data: source reasoning_gym needs families"]),
+        (with_values(data={"source": "jsonl", "path": "x", "template": "Solve"}), ["data: template needs {prompt} in it, got 'Solve'"]),
+        (with_values(objective={"name": "sft"}), ["objective.name sft needs rollout.engine golden, got hf"]),
+        ({"data": BARE["data"]}, ["student: missing, and it has no default", "teacher: missing"]),
+        (
+            with_values(train={"step": 3, "seed": -1}, sampling={"temprature": 1}),
+            ["train.step: unknown key", "train.seed: input should be greater than or equal to 0, got -1", "sampling.temprature: unknown key; did you mean 'temperature'?"],
+        ),
+    ],
+)  # fmt: skip
+def test_every_problem_is_told_in_one_line(values: dict, lines: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_recipe(values)
+    told = str(error.value).splitlines()
+    assert len(told) == len(lines)
+    for line in lines:
+        assert any(got.startswith(line) for got in told), (line, told)
+
+
+def test_a_resolved_recipe_reads_back_as_itself() -> None:
+    recipe = load_recipe(RECIPE)
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_overrides() -> None:
+    recipe = load_recipe(RECIPE, ["train.steps=20", "objective.alpha=1", "optimizer.lr=1e-4", "sampling.stop=[a, b]"])
+    assert recipe.train.steps == 20
+    assert recipe.objective.build().settings == {"alpha": 1.0}
+    assert recipe.optimizer.lr == 1e-4
+    assert recipe.sampling.stop == ["a", "b"]
+
+
+def test_another_objective_does_not_inherit_the_settings_of_the_recipes_own() -> None:
+    assert load_recipe(RECIPE, ["objective.name=reverse_kl"]).objective.build().settings == {}
+    same = load_recipe(RECIPE, ["objective.name=power", "objective.alpha=3"])
+    assert same.objective.build().settings == {"alpha": 3.0}
+
+
+@pytest.mark.parametrize("override", ["train.steps", "=3", "train.steps=[1", "train.stepz=3"])
+def test_bad_overrides_are_refused(override: str) -> None:
+    with pytest.raises(ConfigError):
+        load_recipe(RECIPE, [override])
+
+
+def test_extends_merges_sections(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(with_values(train={"steps": 3, "seed": 1})))
+    (tmp_path / "mine.yaml").write_text("extends: base.yaml\ntrain: {steps: 9}\n")
+    recipe = load_recipe(tmp_path / "mine.yaml")
+    assert (recipe.train.steps, recipe.train.seed) == (9, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends: loop.yaml", "comes back to itself"),
+        ("extends: absent.yaml", "cannot read recipe"),
+        ("- a\n- b", "holds a list"),
+        ("a: [", "not valid YAML"),
+        ("", "holds a NoneType"),
+    ],
+)
+def test_unreadable_recipes(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "loop.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        load_recipe(path)
+    assert "\n" not in str(error.value)
+
+
+def all_recipes() -> list[Path]:
+    return sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if not path.name.startswith("_"))
+
+
+@pytest.mark.parametrize("path", all_recipes(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_recipe_of_the_repository_is_valid(path: Path) -> None:
+    assert isinstance(load_recipe(path), Recipe)
+
+
+def test_every_setting_says_what_it_means() -> None:
+    def undocumented(section: type, prefix: str) -> list[str]:
+        found = []
+        for name, field in section.model_fields.items():
+            inner = field.annotation
+            if isinstance(inner, type) and hasattr(inner, "model_fields"):
+                found += undocumented(inner, f"{prefix}{name}.")
+            elif not field.description:
+                found.append(prefix + name)
+        return found
+
+    assert set(undocumented(Recipe, "")) <= {"optimizer.betas", "optimizer.eps", "optimizer.weight_decay"}

@@ -1,0 +1,180 @@
+"""The gradient of a step: what it must not depend on, and how many forwards it takes."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import CHAT_END, END, make_model, make_rollouts
+from poweropd.batching import collate
+from poweropd.models import hidden_states
+from poweropd.objectives import OBJECTIVES, Needs, build
+from poweropd.policy import Student
+from poweropd.teacher.hf import HFTeacher
+from poweropd.types import Rollout, ScoredRollout
+from poweropd.update import GradientResult, accumulate_gradient
+
+LENGTHS = [(3, 9), (7, 2), (1, 1), (5, 14), (2, 6)]
+
+
+def scored_by(teacher: HFTeacher, rollouts: list[Rollout], needs: Needs) -> list[ScoredRollout]:
+    return [ScoredRollout(*pair) for pair in zip(rollouts, teacher.score(rollouts, needs=needs), strict=True)]
+
+
+def gradient_of(
+    student: Student, teacher: HFTeacher, rollouts: list[Rollout], name: str, tokens: int = 10_000, **settings: object
+) -> tuple[GradientResult, Tensor]:
+    objective = build(name)
+    student.optimizer.zero_grad()
+    result = accumulate_gradient(
+        student,
+        scored_by(teacher, rollouts, objective.needs),
+        objective,
+        teacher_head=teacher.head,
+        tokens_per_micro_batch=tokens,
+        pad_id=0,
+        **settings,
+    )
+    return result, torch.cat([p.grad.flatten() for p in student.model.parameters() if p.grad is not None])
+
+
+@pytest.fixture
+def teacher() -> HFTeacher:
+    return HFTeacher(make_model(hidden_size=24, rows=528, seed=1), vocab_size=512)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_gradient_does_not_depend_on_micro_batches(
+    name: str, make_student: Callable[..., Student], teacher: HFTeacher
+) -> None:
+    """Ragged lengths, so that padding differs between the splits too."""
+    student, rollouts = make_student(), make_rollouts(LENGTHS)
+    whole, gradient = gradient_of(student, teacher, rollouts, name)
+    for tokens in (1, 20, 40):
+        parts, other = gradient_of(student, teacher, rollouts, name, tokens)
+        assert parts.loss == pytest.approx(whole.loss, rel=1e-5, abs=1e-8)
+        assert (other - gradient).norm() <= 1e-5 * gradient.norm()
+        for mine, theirs in zip(parts.terms, whole.terms, strict=True):
+            torch.testing.assert_close(mine.weights, theirs.weights, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["power", "zscore", "reverse_kl"])
+def test_the_order_of_rollouts_does_not_matter(
+    name: str, make_student: Callable[..., Student], teacher: HFTeacher
+) -> None:
+    student, rollouts = make_student(), make_rollouts(LENGTHS)
+    _, gradient = gradient_of(student, teacher, rollouts, name)
+    _, other = gradient_of(student, teacher, rollouts[::-1], name)
+    assert (other - gradient).norm() <= 1e-5 * gradient.norm()
+
+
+@pytest.mark.parametrize("name", ["power", "log_ratio", "zscore", "reverse_kl", "forward_kl"])
+def test_gradient_equals_plain_autograd_over_all_logits(
+    name: str, make_student: Callable[..., Student], teacher: HFTeacher
+) -> None:
+    """The whole path, models included, against a loop over rollouts that builds every logit."""
+    student, rollouts = make_student(), make_rollouts(LENGTHS)
+    _, gradient = gradient_of(student, teacher, rollouts, name, tokens=30)
+
+    def logprobs(model: torch.nn.Module, rollout: Rollout) -> Tensor:
+        ids = torch.tensor([rollout.prompt.prompt_ids + rollout.response_ids])
+        return model(input_ids=ids).logits[0, len(rollout.prompt.prompt_ids) - 1 : -1, :512].log_softmax(-1)
+
+    q = torch.cat([logprobs(student.model, rollout) for rollout in rollouts])
+    p = torch.cat([logprobs(teacher._model, rollout) for rollout in rollouts]).detach()
+    tokens = torch.cat([torch.tensor(rollout.response_ids) for rollout in rollouts])[:, None]
+    chosen, reference = q.gather(1, tokens)[:, 0], p.gather(1, tokens)[:, 0]
+    ratio = (reference - chosen).detach()
+    loss = {
+        "power": lambda: -((reference.exp() ** 5 - chosen.exp() ** 5).detach() * chosen).mean(),
+        "log_ratio": lambda: -(ratio * chosen).mean(),
+        "zscore": lambda: -((ratio - ratio.mean()) / ratio.std(unbiased=False) * chosen).mean(),
+        "reverse_kl": lambda: (q.exp() * (q - p)).sum(-1).mean(),
+        "forward_kl": lambda: (p.exp() * (p - q)).sum(-1).mean(),
+    }[name]()
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(student.model.parameters()))])
+    assert (gradient - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_what_lies_outside_the_loss_mask_changes_nothing(make_student: Callable[..., Student]) -> None:
+    """NaN in every masked place of the batch: the loss positions never see them."""
+    student = make_student()
+    batch = collate([ScoredRollout(rollout) for rollout in make_rollouts(LENGTHS)], pad_id=0)
+    hidden = torch.randn(*batch.input_ids.shape, 4)
+    poisoned = hidden.masked_fill(~batch.loss_mask.bool()[..., None], torch.nan)
+    assert torch.equal(batch.loss_positions(poisoned), batch.loss_positions(hidden))
+    pads = batch.attention_mask == 0
+    other = torch.where(pads, 77, batch.input_ids)
+    torch.testing.assert_close(
+        batch.loss_positions(hidden_states(student.model, other, batch.attention_mask)),
+        student.hidden_at_loss(batch),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "student_forwards", "teacher_forwards"),
+    [("power", 1, 1), ("reverse_kl", 1, 1), ("zscore", 2, 1), ("sft", 1, 0)],
+)
+def test_forwards_per_trained_token(
+    name: str, student_forwards: int, teacher_forwards: int, make_student: Callable[..., Student], teacher: HFTeacher
+) -> None:
+    student = make_student()
+    seen = {"student": 0, "teacher": 0}
+    rollouts = make_rollouts([(4, 6)] * 3)
+    positions = sum(len(r.prompt.prompt_ids) + len(r) - 1 for r in rollouts)
+    for key, model in (("student", student.model), ("teacher", teacher._model)):
+
+        def count(_module: object, _args: object, kwargs: dict, _out: object, key: str = key) -> None:
+            seen[key] += kwargs["input_ids"].numel()
+
+        model.base_model.register_forward_hook(count, with_kwargs=True)
+    gradient_of(student, teacher, rollouts, name)
+    assert seen == {"student": student_forwards * positions, "teacher": teacher_forwards * positions}
+
+
+def test_only_response_positions_reach_the_heads(
+    make_student: Callable[..., Student], teacher: HFTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from poweropd.objectives import fused
+
+    rows = []
+    products = fused._Tiles.products
+    monkeypatch.setattr(
+        fused._Tiles, "products", lambda self, tile: (rows.append(tile.stop - tile.start), products(self, tile))[1]
+    )
+    rollouts = make_rollouts([(40, 3), (60, 2)])
+    gradient_of(make_student(), teacher, rollouts, "power")
+    assert sum(rows) == 2 * 5  # five response tokens, student and teacher
+
+
+def test_end_token_policies(make_student: Callable[..., Student]) -> None:
+    """A student that ends with one token and a teacher that ends with another."""
+    base = make_rollouts([(3, 4), (2, 5)])
+    teacher_model = make_model(hidden_size=24, seed=1)
+    ends = (END, CHAT_END)
+    plain_teacher = HFTeacher(teacher_model, vocab_size=512)
+    merging_teacher = HFTeacher(teacher_model, vocab_size=512, end_ids=ends)
+
+    kept, _ = gradient_of(make_student(), plain_teacher, base, "log_ratio")
+    mapped, _ = gradient_of(make_student(end_ids=ends), merging_teacher, base, "log_ratio")
+    masked, _ = gradient_of(make_student(), plain_teacher, base, "log_ratio", masked_end_ids=ends)
+    assert masked.num_loss_tokens == kept.num_loss_tokens - 2
+    for before, after in zip(kept.terms, mapped.terms, strict=True):
+        torch.testing.assert_close(before.weights[:-1], after.weights[:-1], rtol=1e-4, atol=1e-5)
+        assert after.teacher_logprobs[-1] > before.teacher_logprobs[-1]  # the teacher's own end token is counted in
+        assert after.logprobs[-1] > before.logprobs[-1]
+
+
+def test_bf16_gradient_stays_near_fp32(make_student: Callable[..., Student], teacher: HFTeacher) -> None:
+    rollouts = make_rollouts(LENGTHS)
+    _, exact = gradient_of(make_student(), teacher, rollouts, "reverse_kl")
+    _, rough = gradient_of(make_student(precision=torch.bfloat16), teacher, rollouts, "reverse_kl")
+    assert torch.nn.functional.cosine_similarity(exact, rough, dim=0) > 0.99
+
+
+def test_gradient_checkpointing_changes_nothing(make_student: Callable[..., Student], teacher: HFTeacher) -> None:
+    rollouts = make_rollouts(LENGTHS)
+    _, plain = gradient_of(make_student(), teacher, rollouts, "power")
+    _, recomputed = gradient_of(make_student(gradient_checkpointing=True), teacher, rollouts, "power")
+    torch.testing.assert_close(plain, recomputed)
