@@ -70,4 +70,4 @@ def test_groups_hold_every_rollout_once_within_the_budget() -> None:
 @pytest.mark.parametrize("tokens", [1, 10, 10_000])
 def test_groups_of_any_budget_cover_everything(tokens: int) -> None:
     rollouts = make_rollouts([(i % 5 + 1, i % 7 + 1) for i in range(30)])
-    assert sorted(sum(group_by_tokens(rollouts, tokens), [])) == list(range(30))
+    assert sorted(index for group in group_by_tokens(rollouts, tokens) for index in group) == list(range(30))

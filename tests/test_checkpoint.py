@@ -1,6 +1,5 @@
 """Checkpoints appear complete or not at all; a damaged one is named and the last good one offered."""
 
-import os
 import random
 import subprocess
 import sys
@@ -86,7 +85,7 @@ def test_a_failed_write_leaves_the_older_checkpoint_and_nothing_else(tmp_path: P
     code = FULL_DISK.format(tests=str(Path(__file__).parent), root=str(tmp_path))
     got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert got.stdout.startswith("OSError")
-    assert sorted(os.listdir(tmp_path)) == ["step-000001"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
     loaded = checkpoint.load_latest(tmp_path)
     assert loaded is not None
     assert loaded[1] == {"step": 1}

@@ -1,7 +1,6 @@
 """The command line: bad input gets one clear line, nothing is lost, no traceback is shown."""
 
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -178,7 +177,7 @@ def test_a_full_disk_while_saving(tmp_path: Path) -> None:
     line = complaint(got.returncode, got.stderr)
     assert "cannot save the checkpoint of step 2" in line
     assert "Make room, then go on with --resume" in line
-    assert os.listdir(tmp_path / "run" / "checkpoints") == []
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def test_dry_run_prints_every_default(tmp_path: Path) -> None:

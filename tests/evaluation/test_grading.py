@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -82,7 +83,7 @@ HOSTILE = [
 ]
 
 
-def test_a_hostile_answer_costs_one_grade_and_bounded_time(grader: Grader, tmp_path: os.PathLike) -> None:
+def test_a_hostile_answer_costs_one_grade_and_bounded_time(grader: Grader, tmp_path: Path) -> None:
     os.chdir(tmp_path)
     for answer in HOSTILE:
         start = time.monotonic()
@@ -91,7 +92,7 @@ def test_a_hostile_answer_costs_one_grade_and_bounded_time(grader: Grader, tmp_p
         assert time.monotonic() - start < 2.0 + 5.0  # the limit and a slow machine
         assert grader.grade("\\boxed{\\frac{6}{2}}", "3").status in ("correct", "timeout")  # a fresh worker may be slow
         assert grader.grade("\\boxed{\\frac{6}{2}}", "3").status == "correct"
-    assert os.listdir(tmp_path) == []
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_worker_that_dies_is_replaced(grader: Grader) -> None:

@@ -59,7 +59,7 @@ def test_contract(engine: RolloutEngine) -> None:
 
 
 def test_golden_answers_are_needed() -> None:
-    with pytest.raises(ConfigError, match="set data.golden"):
+    with pytest.raises(ConfigError, match=r"set data\.golden"):
         GoldenEngine().generate([Prompt("bare", (1,))], SAMPLING, seed=0)
 
 
