@@ -60,6 +60,19 @@ def test_parquet_equals_jsonl(tokenizer: PreTrainedTokenizerBase, jsonl: Path, t
     assert load(tokenizer, source="parquet", path=str(path)) == load(tokenizer, source="jsonl", path=str(jsonl))
 
 
+def test_hub_data_sets(tokenizer: PreTrainedTokenizerBase, jsonl: Path, tmp_path: Path) -> None:
+    """The library behind the Hub source reads a local folder by the same call; an id it cannot find is one line."""
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    jsonl.rename(folder / "train.jsonl")
+    prompts = load(tokenizer, source="hub", path=str(folder), split="train", limit=3)
+    assert [prompt.answer for prompt in prompts] == ["1", "2", "3"]
+    for path, split in (("no/such-data-set", "train"), (str(folder), "validation")):
+        with pytest.raises(ConfigError, match=r"data\.path: Hub data set") as error:
+            load(tokenizer, source="hub", path=path, split=split)
+        assert "\n" not in str(error.value)
+
+
 def test_bare_text(tokenizer: PreTrainedTokenizerBase, jsonl: Path) -> None:
     prompts = load(tokenizer, source="jsonl", path=str(jsonl), chat=False, template="Q: {prompt}\nA:", limit=1)
     assert [tokenizer.decode(p.prompt_ids) for p in prompts] == ["Q: What is 0 + 1?\nA:"]
