@@ -156,6 +156,8 @@ class TrainConfig(Section):
     """Padded tokens in one forward and backward pass; the gradient does not depend on it."""
     seed: NonNegative = 0
     """Decides data order and every sample."""
+    threads: Positive | None = None
+    """CPU threads; null leaves the choice to torch. Tiny models are faster with one."""
 
 
 class EvaluationConfig(Section):

@@ -5,6 +5,8 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from poweropd import checkpoint, guards
 from poweropd.assembly import assemble
 from poweropd.config import Recipe, load_recipe
@@ -93,6 +95,8 @@ class _Training:
         self._recipe = recipe
         self._run = run
         self._observer = observer
+        if recipe.train.threads is not None:
+            torch.set_num_threads(recipe.train.threads)
         self._parts = assemble(recipe)
         self._started = time.monotonic()
         self._seconds_before = 0.0  # of earlier sessions of this run, up to the checkpoint

@@ -14,7 +14,7 @@ from poweropd.evaluation.metrics import bootstrap, pass_at_k
 from poweropd.rollout.engine import RolloutEngine, Sampling
 from poweropd.types import Prompt, Rollout
 
-PROMPTS_PER_CALL = 16  # how often progress is told
+PROMPTS_PER_CALL = 32  # how often progress is told
 
 
 @dataclass(frozen=True)
