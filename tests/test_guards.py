@@ -43,7 +43,7 @@ def test_an_overflow_of_the_backward_pass_is_told_apart(
     scored = [ScoredRollout(rollouts[0], scores[0])]
     result = accumulate_gradient(student, scored, objective, teacher_head=None, tokens_per_micro_batch=100, pad_id=0)
     guards.refuse_non_finite(result, student.gradient_norm(), rollouts, tokenizer, step=7)
-    with pytest.raises(NonFiniteError, match="step 7: loss .* though every reward is finite"):
+    with pytest.raises(NonFiniteError, match=r"step 7: loss .* though every reward is finite"):
         guards.refuse_non_finite(result, math.inf, rollouts, tokenizer, step=7)
 
 

@@ -46,13 +46,13 @@ class ConsoleObserver:
     def on_evaluation(self, name: str, done: int, total: int) -> None:
         self._advance(f"evaluate {name}", done, total, "problems")
 
-    def on_step(self, step: int, steps: int, metrics: dict[str, float]) -> None:
+    def on_step(self, step: int, steps: int, metrics: dict[str, float], name: str = "train") -> None:
         signal = "divergence" if "divergence/mean" in metrics else "reward"
         facts = (
             f"{signal} {metrics[f'{signal}/mean']:+.3f}  length {metrics['length/mean']:.0f}"
             f"  cut {metrics['truncation']:.0%}  {metrics['tokens_per_second']:,.0f} tok/s"
         )
-        self._advance("train", step, steps, facts)
+        self._advance(name, step, steps, facts)
 
     def _advance(self, name: str, done: int, total: int, facts: str) -> None:
         if self._live:

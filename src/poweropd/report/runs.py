@@ -210,16 +210,23 @@ def _training_figures(runs: list[RunData]) -> list[Figure]:
 
 
 def results_table(runs: list[RunData]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows: the teacher, the student before, and the student after each run, with 95 % intervals."""
+    """Headings and rows: the teacher, the student before, and the student after each run; accuracy with its 95 % interval."""
     first = runs[0]
     accuracy = accuracy_key(first)
-    keys = [accuracy, accuracy.replace("avg", "pass"), "mean_length", "truncation"]
     k = accuracy.rpartition("_")[2]
     headings = ["", f"Avg@{k}", f"Pass@{k}", "length", "truncated", "minutes"]
 
     def row(name: str, summary: Record, seconds: float | None = None) -> list[str]:
         minutes = "" if seconds is None else f"{seconds / 60:.1f}"
-        return [name, *(_with_interval(summary, key) for key in keys), minutes]
+        low, high = summary["intervals"][accuracy]
+        return [
+            name,
+            f"{summary[accuracy]:.3f} [{low:.3f}, {high:.3f}]",
+            f"{summary[f'pass_at_{k}']:.3f}",
+            f"{summary['mean_length']:.1f}",
+            f"{summary['truncation']:.1%}",
+            minutes,
+        ]
 
     rows = []
     if first.teacher is not None:
@@ -233,12 +240,6 @@ def results_table(runs: list[RunData]) -> tuple[list[str], list[list[str]]]:
             name = run.name if len(runs) > 1 else f"student after {step} steps"
             rows.append(row(name, trained[step], run.summary["seconds"] if run.summary else None))
     return headings, rows
-
-
-def _with_interval(summary: Record, key: str) -> str:
-    low, high = summary["intervals"][key]
-    digits = 1 if key == "mean_length" else 3
-    return f"{summary[key]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def headline(run: RunData) -> str:

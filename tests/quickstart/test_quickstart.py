@@ -1,0 +1,72 @@
+"""`poweropd quickstart` as a user runs it, and its comparison of objectives."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from conftest import RECIPE
+from poweropd.config import load_recipe
+from poweropd.console import ConsoleObserver
+from poweropd.quickstart.compare import COMPARED, Arm, train_all
+
+TINY = [
+    "train.steps=2",
+    "train.prompts_per_step=4",
+    "sampling.max_new_tokens=16",
+    "data.limit=20",
+    "evaluation.data.limit=4",
+    "evaluation.samples=2",
+]
+
+
+def arm(name: str, out: Path, *settings: str) -> Arm:
+    return Arm(name, load_recipe(RECIPE, [*COMPARED[name], *TINY, *settings]), out / name)
+
+
+def test_arms_share_prompts_and_evaluations_and_one_that_fails_costs_only_itself(tmp_path: Path) -> None:
+    """Real processes. The third arm cannot run: its learning rate throws the weights away at once."""
+    broken = arm("clip", tmp_path, "optimizer.lr=1e25", "optimizer.warmup_steps=0", "train.steps=5")
+    arms = [arm("power 5", tmp_path), arm("log_ratio", tmp_path), broken, arm("sft", tmp_path)]
+    console = Console(record=True, width=200, force_terminal=False)
+    with ConsoleObserver(console) as observer:
+        runs = train_all(arms, observer)
+    assert [run.name for run in runs] == ["power 5", "log_ratio", "sft"]
+    said = console.export_text()
+    assert said.count("warning: clip: step ") == 1
+    assert said.count("evaluate teacher 4/4") == said.count("evaluate student before 4/4") == 1
+    assert all(f"{run.name} 2/2" in said for run in runs)
+    first = [{line["prompt"] for line in run.rollouts if line["step"] == 0} for run in runs]
+    assert first[0] == first[1] == first[2]
+    assert runs[0].evaluations[0] == runs[1].evaluations[0]
+    assert runs[0].metrics[0]["log_ratio/min"] == runs[1].metrics[0]["log_ratio/min"]  # the same samples too
+    assert runs[0].metrics[0]["reward/min"] != runs[1].metrics[0]["reward/min"]
+
+
+def test_the_first_arm_that_fails_ends_the_comparison(tmp_path: Path) -> None:
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "mine.txt").write_text("not a run")
+    with ConsoleObserver(Console(quiet=True)) as observer, pytest.raises(Exception, match="sft"):
+        train_all([arm("sft", tmp_path)], observer)
+
+
+@pytest.mark.slow
+def test_the_quickstart_brings_the_student_closer_to_the_teacher(tmp_path: Path) -> None:
+    """The whole command, on the terms the README promises; improvement beyond both intervals."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "poweropd", "quickstart", "--out", str(out)]
+    got = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1500)
+    assert got.returncode == 0, got.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    before, after, teacher = (summary[name] for name in ("before", "after", "teacher"))
+    for evaluation in (before, after, teacher):
+        assert {"avg_at_8", "pass_at_8", "mean_length", "truncation"} <= evaluation.keys()
+    assert teacher["avg_at_8"] >= 0.85
+    assert 0.2 <= before["avg_at_8"] <= 0.5
+    assert after["intervals"]["avg_at_8"][0] > before["intervals"]["avg_at_8"][1]
+    assert after["mean_length"] < before["mean_length"]
+    assert "What to try next" in got.stdout
+    assert (out / "report.html").is_file()
