@@ -36,11 +36,14 @@ SCRIPT = """
 function paint() {
   const css = getComputedStyle(document.documentElement);
   const ink = css.getPropertyValue('--ink').trim(), line = css.getPropertyValue('--line').trim();
+  const soft = css.getPropertyValue('--soft').trim();
   for (const plot of document.querySelectorAll('.plotly-graph-div'))
     Plotly.relayout(plot, {'font.color': ink, 'xaxis.gridcolor': line, 'yaxis.gridcolor': line,
-      'xaxis.zerolinecolor': line, 'yaxis.zerolinecolor': line});
+      'xaxis.zerolinecolor': line, 'yaxis.zerolinecolor': line, 'modebar.bgcolor': 'transparent',
+      'modebar.color': line, 'modebar.activecolor': soft});
 }
 paint();
+document.querySelectorAll('.plotly-graph-div').forEach(plot => Plotly.Plots.resize(plot)); // the first was drawn alone
 matchMedia('(prefers-color-scheme: dark)').addEventListener('change', paint);
 """
 
@@ -156,6 +159,7 @@ def _traces(series: Series) -> list[go.Scatter]:
     band = go.Scatter(
         x=[*series.x, *reversed(series.x)],
         y=[*series.high, *reversed(series.low)],
+        mode="lines",
         fill="toself",
         fillcolor=f"rgba({red},{green},{blue},0.15)",
         line={"width": 0},

@@ -210,7 +210,7 @@ def _training_figures(runs: list[RunData]) -> list[Figure]:
 
 
 def results_table(runs: list[RunData]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows: the teacher, the student before, and the student after each run; accuracy with its 95 % interval."""
+    """Headings and rows: the teacher, the student before, and after each run; accuracy with its 95 % interval."""
     first = runs[0]
     accuracy = accuracy_key(first)
     k = accuracy.rpartition("_")[2]
