@@ -1,5 +1,7 @@
-# Everything runs in its own environment, .venv, made on first use. PYTHON chooses the interpreter (3.11 or newer).
+# Everything runs in its own environment, .venv, made on first use. PYTHON chooses the interpreter (3.11 or newer),
+# TORCH_INDEX where torch comes from: without it PyPI, whose Linux build carries several GB of CUDA.
 PYTHON ?= python3
+TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -23,10 +25,13 @@ lint: $(VENV)/.tested
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# torch first, as a CPU build where there is one: other packages would pull a build with several GB of CUDA.
+OLD_PYTHON = poweropd needs Python 3.11 or newer, this is %d.%d; try for example: make PYTHON=python3.12 quickstart
+
+# torch first and alone: the build chosen here is the one that everything else then finds.
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("$(OLD_PYTHON)" % v[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(PIP) --editable .
 	touch $@
 

@@ -18,7 +18,9 @@ def main(folders: list[Path]) -> None:
         for path in sorted(folder.iterdir()):
             if (path / "summary.json").is_file():
                 arms[path.name.replace("_", " ") if path.name.startswith("power") else path.name].append(read_run(path))
-    print("| objective | Avg@8 | gap closed | Pass@8 | length | cut | lowest log-ratio | largest gradient norm | s/step |")
+    print(
+        "| objective | Avg@8 | gap closed | Pass@8 | length | cut | lowest log-ratio | largest gradient norm | s/step |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for name, runs in sorted(arms.items(), key=lambda arm: -mean(_after(run, accuracy_key(run)) for run in arm[1])):
         cells = [

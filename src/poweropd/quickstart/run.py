@@ -15,6 +15,12 @@ from poweropd.report.runs import RunData, figures, headline, read_run, results_t
 from poweropd.train import train
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
+PICTURED = (
+    "Accuracy on held-out problems",
+    "Length of an answer",
+    "Answers cut at the budget",
+    "Gradient norm before clipping",
+)
 
 NEXT = """\
 What to try next
@@ -43,7 +49,7 @@ def run_comparison(out: Path, console: Console, *, steps: int | None, seed: int)
     with ConsoleObserver(console) as observer:
         runs = train_all(arms, observer)
     write_report(runs, out / "report.html")
-    save_figures(figures(runs)[:4], out / "compare.png")
+    save_figures([figure for figure in figures(runs) if figure.title in PICTURED], out / "compare.png")
     _print_results(runs, console)
     console.print(f"report   {out / 'report.html'}\nfigure   {out / 'compare.png'}", markup=False)
 

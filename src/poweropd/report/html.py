@@ -10,7 +10,7 @@ import yaml
 from poweropd.report.runs import Figure, Record, RunData, Series, figures, headline, results_table
 
 # Okabe and Ito's colours, told apart by people with any colour vision, in light and dark.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8a6d3b", "#7f7f7f", "#9467bd", "#bcbd22"]
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8a6d3b", "#7fd35f", "#9467bd", "#bcbd22"]
 TEACHER_COLOUR = "#888888"
 DASHES = {"solid": "solid", "dash": "dash", "dot": "dot"}
 

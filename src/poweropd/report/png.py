@@ -14,7 +14,9 @@ def save_figures(figures: list[Figure], path: Path, *, columns: int = 2) -> None
     import matplotlib.pyplot as plt
 
     rows = -(-len(figures) // columns)
-    canvas, axes = plt.subplots(rows, columns, figsize=(6.2 * columns, 3.6 * rows), squeeze=False)
+    canvas, axes = plt.subplots(
+        rows, columns, figsize=(6.2 * columns, 3.4 * rows + 0.6), squeeze=False, layout="constrained"
+    )
     for figure, axis in zip(figures, axes.flat, strict=False):
         for series in figure.series:
             colour = TEACHER_COLOUR if series.run < 0 else COLOURS[series.run % len(COLOURS)]
@@ -29,7 +31,6 @@ def save_figures(figures: list[Figure], path: Path, *, columns: int = 2) -> None
     for axis in axes.flat[len(figures) :]:
         axis.set_visible(False)
     handles, labels = axes.flat[0].get_legend_handles_labels()
-    canvas.legend(handles, labels, loc="lower center", ncols=min(len(labels), 5), frameon=False)
-    canvas.tight_layout(rect=(0, 0.04 + 0.03 * (len(labels) // 6), 1, 1))
+    canvas.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
     canvas.savefig(path, dpi=150)
     plt.close(canvas)

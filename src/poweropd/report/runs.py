@@ -10,6 +10,7 @@ import yaml
 from poweropd.errors import RunError
 
 Record = dict[str, Any]
+BANDS_UP_TO = 3  # runs; more intervals in one frame hide each other
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,8 @@ def figures(runs: list[RunData]) -> list[Figure]:
 
 
 def _evaluation_figures(runs: list[RunData]) -> list[Figure]:
+    banded = len(runs) <= BANDS_UP_TO
+
     def over_training(key_of: Any, label: str, title: str, caption: str) -> Figure:
         series = []
         for index, run in enumerate(runs):
@@ -151,7 +154,7 @@ def _evaluation_figures(runs: list[RunData]) -> list[Figure]:
             if points:
                 steps: list[float] = [step for step, _ in points]
                 values = [summary[key] for _, summary in points]
-                low, high = ([band[side] for band in bands] for side in (0, 1))
+                low, high = ([band[side] for band in bands if banded] for side in (0, 1))
                 series.append(Series(run.name, steps, values, low, high, run=index))
         first = runs[0]
         if first.teacher is not None and series:
@@ -165,7 +168,7 @@ def _evaluation_figures(runs: list[RunData]) -> list[Figure]:
             accuracy_key,
             "accuracy, mean of samples",
             "Accuracy on held-out problems",
-            "The band is the 95 % bootstrap interval over problems.",
+            "The band is the 95 % bootstrap interval over problems." if banded else "",
         ),
         over_training(lambda run: "mean_length", "tokens", "Length of an answer", ""),
         over_training(
