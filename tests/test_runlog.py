@@ -30,6 +30,20 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
         RunDirectory.create(tmp_path / "mine", "b: 1\n")
 
 
+def test_a_run_that_made_nothing_gives_its_place_to_the_next(tmp_path: Path) -> None:
+    """A misspelt model name: the user mends it and starts again with the same --out."""
+    with RunDirectory.create(tmp_path, "a: 1\n") as run:
+        run.set_status("failed", error="there is no folder")
+    with RunDirectory.create(tmp_path, "b: 1\n") as run:
+        run.set_status("running")
+        run.append("metrics", {"step": 0})
+        run.set_status("failed")
+    assert (tmp_path / "recipe.yaml").read_text() == "b: 1\n"
+    assert "error" not in json.loads((tmp_path / "manifest.json").read_text())
+    with pytest.raises(RunError, match="holds a failed run, which is never written over"):
+        RunDirectory.create(tmp_path, "c: 1\n")
+
+
 def test_a_directory_without_a_run_cannot_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="holds no run to resume"):
         RunDirectory.open(tmp_path)

@@ -92,10 +92,18 @@ def load_model(name: str, *, dtype: torch.dtype, device: torch.device, revision:
 
 
 def _unreadable(what: str, name: str, error: Exception) -> ModelError:
-    reason = " ".join(str(error).split())[:200]
-    place = "in the folder" if is_local(name) else "for the Hub id (or missing folder)"
+    reason = " ".join(str(error).split()).partition(" Check your internet")[0].rstrip(".")
+    if len(reason) > 200:
+        reason = f"{reason[:200]} ..."
+    if is_local(name):
+        return ModelError(
+            f"cannot read a {what} in the folder {name!r}: {reason}. Give a folder with config, weights and tokenizer"
+        )
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        return ModelError(f"there is no folder {name!r}. Give a folder with config, weights and tokenizer, or a Hub id")
     return ModelError(
-        f"cannot read a {what} {place} {name!r}: {reason}. Give a folder with config, weights and tokenizer"
+        f"cannot read a {what} for the Hub id {name!r}, and there is no such folder: {reason}. Check the name and the "
+        "network, or give a folder with config, weights and tokenizer"
     )
 
 

@@ -34,7 +34,7 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: Path, recipe_yaml: str) -> Self:
-        """Start a new run.
+        """Start a new run, in a new directory or in one whose run ended before it made anything.
 
         Raises:
             RunError: there is something in the directory already, or it cannot be made.
@@ -43,10 +43,13 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"cannot make run directory {path}: {error.strerror}") from None
-        if any(entry.name != LOCK for entry in path.iterdir()):
-            what = f"a {status_of(path)} run" if (path / MANIFEST).is_file() else "other files"
+        names = {entry.name for entry in path.iterdir()} - {LOCK}
+        made_nothing = names <= {RECIPE, MANIFEST} and status_of(path) in ("failed", "interrupted")
+        if names and not made_nothing:
+            what = f"a {status_of(path)} run" if MANIFEST in names else "other files"
             raise RunError(f"{path} holds {what}, which is never written over. Use --resume, or another --out")
         run = cls(path)
+        (path / MANIFEST).unlink(missing_ok=True)
         run.write_text(RECIPE, recipe_yaml)
         return run
 
