@@ -106,6 +106,7 @@ class _Training:
         self._run.set_status("running", data_fingerprint=parts.data_fingerprint)
         for message in parts.pair.introduction():
             self._observer.say(message)
+        self._observer.say(f"{parts.objective}: {recipe.train.steps} steps of {recipe.train.prompts_per_step} prompts")
         start = self._restore()
         evaluations: dict[str, dict[str, Any]] = {}
         if parts.problems:

@@ -63,6 +63,7 @@ def evaluate(
     if missing:
         raise ValueError(f"{len(missing)} problems have no reference answer, the first is {missing[0]}")
     samples, grades, rollouts = [], [], []
+    on_progress(0, len(prompts))
     for start in range(0, len(prompts), PROMPTS_PER_CALL):
         for rollout in engine.generate(prompts[start : start + PROMPTS_PER_CALL], sampling, seed=seed):
             response = decode_response(rollout, tokenizer, sampling.stop_ids)

@@ -155,6 +155,10 @@ class Objective:
     name: str
     settings: Mapping[str, float]
 
+    def __str__(self) -> str:
+        """`power alpha=5`."""
+        return " ".join([self.name, *(f"{key}={value:g}" for key, value in self.settings.items())])
+
     @property
     def row(self) -> Row:
         return OBJECTIVES[self.name]
