@@ -103,6 +103,7 @@ def main() -> None:
     machine = {"cores": os.cpu_count(), "torch": torch.__version__, "platform": platform.platform()}
     setting = {key: getattr(args, key) for key in ("tokens", "vocabulary", "device")}
     path = Path(__file__).parent / "results" / f"memory-{args.name}.json"
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"machine": machine, "setting": setting, "runs": found}, indent=1) + "\n")
 
 

@@ -45,7 +45,7 @@ class ModelPair:
 
     def introduction(self) -> list[str]:
         """What a user should know of the pair before it is trained."""
-        sizes = [f"{model.num_parameters() / 1e6:.3g}M" for model in (self.student, self.teacher)]
+        sizes = [_readable(model.num_parameters()) for model in (self.student, self.teacher)]
         lines = [
             f"student {sizes[0]}, teacher {sizes[1]} parameters; {self.vocab_size} tokens; {self.student.device.type}"
         ]
@@ -65,6 +65,11 @@ class ModelPair:
                 f"(objective.end_token={ends.policy})"
             )
         return lines
+
+
+def _readable(count: int) -> str:
+    """`630M`, `1.78B`."""
+    return f"{count / 1e6:.3g}M" if count < 1e9 else f"{count / 1e9:.3g}B"
 
 
 def load_pair(recipe: Recipe) -> ModelPair:
