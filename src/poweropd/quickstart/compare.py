@@ -2,13 +2,13 @@
 
 import multiprocessing
 import os
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+import sys
 from dataclasses import dataclass
-from multiprocessing.managers import SyncManager
+from multiprocessing import connection
+from multiprocessing.context import SpawnProcess
+from multiprocessing.queues import Queue
 from pathlib import Path
-from queue import Queue
 from threading import Thread
-from typing import Any
 
 from poweropd.config import Recipe
 from poweropd.console import ConsoleObserver
@@ -31,6 +31,9 @@ COMPARED: dict[str, list[str]] = {
     "sft": ["objective.name=sft", "rollout.engine=golden"],
 }
 
+TOLD = 3  # exit code of an arm that failed and said why
+Events = Queue  # of (arm, method of its observer, arguments); None ends it
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -49,33 +52,46 @@ def train_all(arms: list[Arm], observer: ConsoleObserver) -> list[RunData]:
 
     Raises:
         UserError: the first arm failed.
+        KeyboardInterrupt: the user stopped the comparison; every arm that ran has stopped after its step.
     """
     first, others = arms[0], arms[1:]
     train(first.recipe, first.out, _Named(observer, first.name))
-    finished = {first.name}
-    shared = first.out / "eval"
+    cores = os.cpu_count() or 1
+    workers = max(1, cores // (first.recipe.train.threads or cores))
+    finished = {first.name, *_side_by_side(others, workers, first.out / "eval", observer)}
+    return [read_run(arm.out, arm.name) for arm in arms if arm.name in finished]
+
+
+def _side_by_side(arms: list[Arm], workers: int, shared: Path, observer: ConsoleObserver) -> set[str]:
+    """The names of the arms that finished."""
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    workers = max(1, (os.cpu_count() or 1) // (first.recipe.train.threads or os.cpu_count() or 1))
-    with SyncManager(ctx=context) as manager:
-        events: Queue[tuple[str, str, tuple[Any, ...]] | None] = manager.Queue()
-        listener = Thread(target=_relay, args=(events, observer), daemon=True)
-        listener.start()
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            futures: dict[Future[None], Arm] = {pool.submit(_train_arm, arm, shared, events): arm for arm in others}
-            try:
-                for future in as_completed(futures):
-                    name = futures[future].name
-                    try:
-                        future.result()
-                        finished.add(name)
-                    except UserError as error:
-                        observer.warn(f"{name}: {error}")
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+    events: Events = context.Queue()
+    listener = Thread(target=_relay, args=(events, observer), daemon=True)
+    listener.start()
+    waiting, finished = list(arms), set()
+    running: dict[str, SpawnProcess] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                arm = waiting.pop(0)
+                process = context.Process(target=_train_arm, args=(arm, shared, events))
+                process.start()
+                running[arm.name] = process
+            connection.wait([process.sentinel for process in running.values()])
+            for name, process in list(running.items()):
+                if process.exitcode is None:
+                    continue
+                del running[name]
+                if process.exitcode == 0:
+                    finished.add(name)
+                elif process.exitcode != TOLD:
+                    observer.warn(f"{name}: its process ended with exit code {process.exitcode}")
+    finally:
+        for process in running.values():  # Ctrl-C has reached them too
+            process.join()
         events.put(None)
         listener.join()
-    return [read_run(arm.out, arm.name) for arm in arms if arm.name in finished]
+    return finished
 
 
 class _Named:
@@ -102,7 +118,7 @@ class _Named:
 class _Sent:
     """The observer of an arm in another process: sends what it sees, less what every arm would say alike."""
 
-    def __init__(self, events: "Queue[tuple[str, str, tuple[Any, ...]] | None]", name: str) -> None:
+    def __init__(self, events: Events, name: str) -> None:
         self._events = events
         self._name = name
 
@@ -119,11 +135,18 @@ class _Sent:
         self._events.put((self._name, "on_step", (step, steps, metrics)))
 
 
-def _train_arm(arm: Arm, shared: Path, events: "Queue[tuple[str, str, tuple[Any, ...]] | None]") -> None:
-    train(arm.recipe, arm.out, _Sent(events, arm.name), known_evaluations=shared)
+def _train_arm(arm: Arm, shared: Path, events: Events) -> None:
+    observer = _Sent(events, arm.name)
+    try:
+        train(arm.recipe, arm.out, observer, known_evaluations=shared)
+    except UserError as error:
+        observer.warn(str(error))
+        sys.exit(TOLD)
+    except KeyboardInterrupt:
+        sys.exit(TOLD)
 
 
-def _relay(events: "Queue[tuple[str, str, tuple[Any, ...]] | None]", observer: ConsoleObserver) -> None:
+def _relay(events: Events, observer: ConsoleObserver) -> None:
     while (event := events.get()) is not None:
         name, method, arguments = event
         getattr(_Named(observer, name), method)(*arguments)
