@@ -115,6 +115,10 @@ def test_bad_files(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, text: str
 def test_missing_and_broken_files(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no file"):
         load(tokenizer, source="jsonl", path=str(tmp_path / "absent.jsonl"))
+    binary = tmp_path / "binary.jsonl"
+    binary.write_bytes(b"\xff\xfe\x00\x01\n")
+    with pytest.raises(ConfigError, match="line 1 is not JSON"):
+        load(tokenizer, source="jsonl", path=str(binary))
     broken = tmp_path / "broken.parquet"
     broken.write_bytes(b"PAR1 nonsense")
     with pytest.raises(ConfigError, match="cannot be read as Parquet"):

@@ -123,14 +123,14 @@ def _generated_rows(config: DataConfig, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def _jsonl_rows(path: Path, key: str) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"{key}.path: {path} line {number} is not JSON: {error.msg}") from None
+            except ValueError as error:  # not JSON, or not even text
+                raise ConfigError(f"{key}.path: {path} line {number} is not JSON: {error}") from None
             if not isinstance(row, dict):
                 raise ConfigError(f"{key}.path: {path} line {number} is a {type(row).__name__}; an object is needed")
             yield row
