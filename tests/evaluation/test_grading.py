@@ -52,6 +52,9 @@ def test_extraction(response: str, answer: str | None) -> None:
         ("\\boxed{\\{1, 2\\}}", "\\{2, 1\\}", "correct"),
         ("\\boxed{2\\sqrt{2}}", "\\sqrt{8}", "correct"),
         ("\\boxed{2}", "\\sqrt{8}", "wrong"),
+        ("\\boxed{1,2}", "12", "wrong"),
+        ("\\boxed{12}", "1,2", "wrong"),
+        ("\\boxed{1,234,567}", "1234567", "correct"),
         ("no idea", "3", "no_answer"),
     ],
 )

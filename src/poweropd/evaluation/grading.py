@@ -15,6 +15,7 @@ STARTUP_SECONDS = 120.0  # a busy machine imports slowly
 LONGEST_ANSWER = 1000  # characters; a longer "answer" is not one
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 _INTEGER = re.compile(r"-?\d+")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # the comma of 1,000, not that of the pair 1,2
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Grader:
             return Grade("no_answer", None)
         if len(answer) > LONGEST_ANSWER:
             return Grade("unparsable", answer[:LONGEST_ANSWER])
-        given, gold = (text.strip().replace(",", "") for text in (answer, reference))
+        given, gold = (_THOUSANDS.sub("", text.strip()) for text in (answer, reference))
         if given == gold:
             return Grade("correct", answer)
         if _INTEGER.fullmatch(given) and _INTEGER.fullmatch(gold):
