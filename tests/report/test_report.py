@@ -13,7 +13,7 @@ from poweropd.cli import app
 from poweropd.errors import RunError
 from poweropd.report.html import write_report
 from poweropd.report.png import save_figures
-from poweropd.report.runs import figures, headline, read_run, results_table
+from poweropd.report.runs import comparison, figures, headline, read_run, results_table
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,12 @@ def test_several_runs_side_by_side(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, other)
     runs = [read_run(run, "one"), read_run(other, "two")]
     write_report(runs, tmp_path / "page.html")
-    assert "2 objectives compared" in (tmp_path / "page.html").read_text()
+    assert "2 runs compared" in (tmp_path / "page.html").read_text()
+    assert comparison(runs) == "The recipes are equal."
+    recipe = other / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("alpha: 5", "alpha: 1").replace("seed: 0", "seed: 7"))
+    differing = comparison([runs[0], read_run(other)])
+    assert differing == "The recipes differ in objective.alpha, train.seed; all else is equal."
     names = {series.name for figure in figures(runs) for series in figure.series}
     assert {"one", "two", "teacher"} <= names
     save_figures(figures(runs)[:4], tmp_path / "figure.png")

@@ -7,12 +7,11 @@ import plotly.graph_objects as go
 import plotly.io
 import yaml
 
-from poweropd.report.runs import Figure, Record, RunData, Series, figures, headline, results_table
+from poweropd.report.runs import Figure, Record, RunData, Series, comparison, figures, headline, results_table
 
 # Okabe and Ito's colours, told apart by people with any colour vision, in light and dark.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8a6d3b", "#7fd35f", "#9467bd", "#bcbd22"]
 TEACHER_COLOUR = "#888888"
-DASHES = {"solid": "solid", "dash": "dash", "dot": "dot"}
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --line: #d1d9e0; --page: #ffffff; }
@@ -58,8 +57,8 @@ def write_report(runs: list[RunData], path: Path) -> None:
 def _page(runs: list[RunData]) -> str:
     drawn = figures(runs)
     plots = "\n".join(_figure(figure, first=index == 0) for index, figure in enumerate(drawn))
-    title = f"{runs[0].objective}: {runs[0].name}" if len(runs) == 1 else f"{len(runs)} objectives compared"
-    answer = headline(runs[0]) if len(runs) == 1 else "Equal seeds, prompts and steps; only the objective differs."
+    title = f"{runs[0].objective}: {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs compared"
+    answer = headline(runs[0]) if len(runs) == 1 else comparison(runs)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title><style>{STYLE}</style></head><body>
@@ -151,7 +150,7 @@ def _traces(series: Series) -> list[go.Scatter]:
         name=series.name,
         legendgroup=series.name,
         mode="lines+markers" if len(series.x) < 12 and series.run >= 0 else "lines",
-        line={"color": colour, "dash": DASHES[series.style], "width": 2},
+        line={"color": colour, "dash": series.style, "width": 2},
     )
     if not series.low:
         return [line]

@@ -20,7 +20,7 @@ def save_figures(figures: list[Figure], path: Path, *, columns: int = 2) -> None
     for figure, axis in zip(figures, axes.flat, strict=False):
         for series in figure.series:
             colour = TEACHER_COLOUR if series.run < 0 else COLOURS[series.run % len(COLOURS)]
-            style = {"solid": "-", "dash": "--", "dot": ":"}[series.style]
+            style = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}[series.style]
             axis.plot(series.x, series.y, style, color=colour, label=series.name, linewidth=1.8)
             if series.low:
                 axis.fill_between(series.x, series.low, series.high, color=colour, alpha=0.1, linewidth=0)

@@ -10,7 +10,8 @@ import yaml
 from poweropd.errors import RunError
 
 Record = dict[str, Any]
-BANDS_UP_TO = 3  # runs; more intervals in one frame hide each other
+STYLES = ("solid", "dot", "dash", "dashdot")
+FEW = 3  # runs; with more, a frame shows one line of each and no bands
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class RunData:
 
 @dataclass(frozen=True)
 class Series:
-    """A line: points, and optionally a band around it. `style` is `solid`, `dash` or `dot`."""
+    """A line: points, and optionally a band around it. `style` is one of `STYLES`."""
 
     name: str
     x: list[float]
@@ -143,7 +144,7 @@ def figures(runs: list[RunData]) -> list[Figure]:
 
 
 def _evaluation_figures(runs: list[RunData]) -> list[Figure]:
-    banded = len(runs) <= BANDS_UP_TO
+    banded = len(runs) <= FEW
 
     def over_training(key_of: Any, label: str, title: str, caption: str) -> Figure:
         series = []
@@ -180,8 +181,9 @@ def _evaluation_figures(runs: list[RunData]) -> list[Figure]:
 def _training_figures(runs: list[RunData]) -> list[Figure]:
     def metric(title: str, label: str, *keys: str, caption: str = "", log_y: bool = False) -> Figure:
         series = []
+        keys = keys if len(runs) <= FEW else keys[:1]
         for index, run in enumerate(runs):
-            for key, style in zip(keys, ("solid", "dot", "dash"), strict=False):
+            for key, style in zip(keys, STYLES, strict=False):
                 steps, values = run.column(key.replace("signal", run.signal))
                 if values:
                     part = "" if len(keys) == 1 else f" {key.rpartition('/')[2]}"
@@ -193,22 +195,24 @@ def _training_figures(runs: list[RunData]) -> list[Figure]:
     return [
         metric(
             "Training signal",
-            "reward" if sampled else "reward, or divergence for full-vocabulary objectives",
+            "reward" if sampled else "reward or divergence",
             "signal/mean",
-            caption="The mean over the tokens of a step. Between objectives the scales differ: compare shapes.",
+            caption="The mean over the tokens of a step: the reward of a sampled objective, the divergence of a "
+            "full-vocabulary one. Between objectives the scales differ: compare shapes.",
         ),
         metric(
             "The tail of the log-ratio",
-            "log p(teacher) - log p(student), nats",
+            "nats",
             "log_ratio/min",
             "log_ratio/p1",
-            caption="The most negative token of each step, and the first percentile, whatever the objective.",
+            caption="log p(teacher) - log p(student): the most negative token of each step (and, of few runs, the first "
+            "percentile), whatever the objective.",
         ),
         metric("Gradient norm before clipping", "norm", "grad_norm", log_y=True),
         metric("Length of a rollout", "tokens", "length/mean"),
         metric("Rollouts cut at the budget", "share", "truncation"),
         metric("Entropy of the next token", "nats", "entropy/student", "entropy/teacher"),
-        metric("Seconds of a step", "seconds", "time/rollout", "time/teacher", "time/update"),
+        metric("Seconds of a step", "seconds", "time/step", "time/rollout", "time/teacher", "time/update"),
     ]
 
 
@@ -258,3 +262,22 @@ def headline(run: RunData) -> str:
         gap = (after - before) / (run.teacher[key] - before)
         text += f"; the teacher has {run.teacher[key]:.3f}, so {gap:.0%} of the gap is closed"
     return text + "."
+
+
+def comparison(runs: list[RunData]) -> str:
+    """What a comparison may be read as: the settings in which its runs differ."""
+    recipes = [_flat(run.recipe) for run in runs]
+    keys = dict.fromkeys(key for recipe in recipes for key in recipe)
+    differing = [key for key in keys if any(recipe.get(key) != recipes[0].get(key) for recipe in recipes)]
+    if not differing:
+        return "The recipes are equal."
+    return f"The recipes differ in {', '.join(differing)}; all else is equal."
+
+
+def _flat(values: Record, above: str = "") -> Record:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    flat: Record = {}
+    for key, value in values.items():
+        name = f"{above}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
