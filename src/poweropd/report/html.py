@@ -69,7 +69,8 @@ def _page(runs: list[RunData]) -> str:
 {_notes(runs)}
 <h2>Results</h2>
 {_table(*results_table(runs))}
-<p class="soft">In brackets: the 95 % bootstrap interval over problems.</p>
+<p class="soft">In brackets: the 95 % bootstrap interval over problems. Cut: answers that reached
+the budget of tokens.</p>
 <h2>Curves</h2>
 <div class="figures">{plots}</div>
 {_rollouts(runs[0]) if len(runs) == 1 else ""}

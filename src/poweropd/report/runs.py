@@ -221,7 +221,7 @@ def results_table(runs: list[RunData]) -> tuple[list[str], list[list[str]]]:
     first = runs[0]
     accuracy = accuracy_key(first)
     k = accuracy.rpartition("_")[2]
-    headings = ["", f"Avg@{k}", f"Pass@{k}", "length", "truncated", "minutes"]
+    headings = ["", f"Avg@{k}", f"Pass@{k}", "length", "cut", "minutes"]
 
     def row(name: str, summary: Record, seconds: float | None = None) -> list[str]:
         minutes = "" if seconds is None else f"{seconds / 60:.1f}"
@@ -243,9 +243,8 @@ def results_table(runs: list[RunData]) -> tuple[list[str], list[list[str]]]:
     for run in runs:
         trained = {step: summary for step, summary in run.evaluations.items() if step > 0}
         if trained:
-            step = max(trained)
-            name = run.name if len(runs) > 1 else f"student after {step} steps"
-            rows.append(row(name, trained[step], run.summary["seconds"] if run.summary else None))
+            name = run.name if len(runs) > 1 else "student after"
+            rows.append(row(name, trained[max(trained)], run.summary["seconds"] if run.summary else None))
     return headings, rows
 
 
