@@ -80,7 +80,6 @@ except OSError as error:
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs setrlimit")
 def test_a_failed_write_leaves_the_older_checkpoint_and_nothing_else(tmp_path: Path) -> None:
     code = FULL_DISK.format(tests=str(Path(__file__).parent), root=str(tmp_path))
     got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -169,7 +169,6 @@ main()
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs setrlimit")
 def test_a_full_disk_while_saving(tmp_path: Path) -> None:
     sets = [part for setting in SMALL for part in ("--set", setting)]
     command = [sys.executable, "-c", FULL_DISK, "train", str(RECIPE), "--out", str(tmp_path / "run"), *sets]
