@@ -83,7 +83,7 @@ def test_every_objective_trains(name: str, tmp_path: Path) -> None:
         ("data.families={gcdd: {}}", "data.families.gcdd"),
         ("data.max_prompt_tokens=10", "prompts are longer than 10 tokens"),
         ("sampling.max_new_tokens=1020", "prompts are longer than 4 tokens"),
-        ("sampling.max_new_tokens=1030", "data: max_new_tokens fills the models' whole context, 7 tokens too many"),
+        ("sampling.max_new_tokens=1030", "data: max_new_tokens is 7 too large to leave the models' context room for a prompt"),
         ("sampling.stop=[hello there]", "sampling.stop: 'hello there' is"),
     ],
 )  # fmt: skip
@@ -219,6 +219,10 @@ def test_evaluate(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "out" / "problems.json").read_text())
     assert summary["avg_at_8"] > 0.5
     assert "which is never written over" in complaint(*invoke(*arguments))
+    arguments[5:] = [str(tmp_path / "default"), "--samples", "1"]
+    code, output = invoke(*arguments)  # the pair's context is 1024, as the default budget would be
+    assert code == 0, output
+    assert json.loads((tmp_path / "default" / "problems.json").read_text())["sampling"]["max_new_tokens"] == 512
 
 
 def test_objectives_lists_every_row_and_the_docs_agree() -> None:

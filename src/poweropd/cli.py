@@ -133,7 +133,9 @@ def evaluate(
     thinking: Annotated[bool | None, typer.Option(help="Thinking mode, where the chat template has one.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples per problem.")] = 8,
     temperature: Annotated[float, typer.Option(min=0)] = 0.6,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 1024,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="By default 1024, or half of a shorter context.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first problems only.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 64,
     precision: Annotated[Precision, typer.Option(help="Of weights and matmuls.")] = "auto",
@@ -154,7 +156,8 @@ def evaluate(
             source="parquet" if data.suffix == ".parquet" else "jsonl", path=str(data), prompt=prompt, answer=answer, template=template, limit=limit,
             enable_thinking=thinking,
         )  # fmt: skip
-        sampling = SamplingConfig(temperature=temperature, max_new_tokens=max_new_tokens, samples_per_prompt=samples)
+        budget: dict[str, Any] = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+        sampling = SamplingConfig(temperature=temperature, samples_per_prompt=samples, **budget)
         with ConsoleObserver(console) as observer:
             summary = evaluate_model(
                 model, config, sampling, out, observer.on_evaluation,

@@ -39,7 +39,7 @@ def load_prompts(
         raise ConfigError(f"{key}.chat: the tokenizer has no chat template; set {key}.chat=false for plain prompts")
     if max_prompt_tokens < 1:
         raise ConfigError(
-            f"{key}: max_new_tokens fills the models' whole context, {1 - max_prompt_tokens} tokens too many"
+            f"{key}: max_new_tokens is {1 - max_prompt_tokens} too large to leave the models' context room for a prompt"
         )
     limit = min(max_prompt_tokens, config.max_prompt_tokens or max_prompt_tokens)
     prompts: list[Prompt] = []

@@ -29,6 +29,8 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Evaluate the model and write `<data>.json` and `<data>.jsonl` into `out`; returns the summary.
 
+    Where `sampling` leaves `max_new_tokens` at its default, a short context lowers it to one half of it.
+
     Raises:
         ConfigError, ModelError: data or model cannot be read.
         RunError: `out` holds this evaluation already.
@@ -44,6 +46,8 @@ def evaluate_model(
     model = load_model(name, dtype=dtype, device=device)
     end_ids = end_token_ids(model, tokenizer)
     context = model.config.get_text_config().max_position_embeddings
+    if "max_new_tokens" not in sampling.model_fields_set:
+        sampling = sampling.model_copy(update={"max_new_tokens": min(sampling.max_new_tokens, context // 2)})
     prompts = load_prompts(data, tokenizer, end_id=end_ids[0], max_prompt_tokens=context - sampling.max_new_tokens)
     engine = HFEngine(
         model,
