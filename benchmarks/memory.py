@@ -81,16 +81,21 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--name", default=platform.node() or "machine")
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS)
+    parser.add_argument("--flush-denormals", action="store_true", help="on one thread")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.flush_denormals:  # holds for the calling thread alone
+        torch.set_num_threads(1)
+        torch.set_flush_denormal(True)
     if args.one:
         print(json.dumps(measure(args.one, args.tokens, args.vocabulary, args.device)))
         return
     command = [sys.executable, __file__, "--tokens", str(args.tokens), "--vocabulary", str(args.vocabulary)]
-    command += ["--device", args.device]
-    found: dict[str, list[dict[str, float]]] = {method: [] for method in METHODS}
+    command += ["--device", args.device, *(["--flush-denormals"] if args.flush_denormals else [])]
+    found: dict[str, list[dict[str, float]]] = {method: [] for method in args.methods}
     for _ in range(args.repeats):  # interleaved, so that a busy moment does not fall on one method
-        for method in METHODS:
+        for method in args.methods:
             output = subprocess.run([*command, "--one", method], capture_output=True, text=True, check=True).stdout
             found[method].append(json.loads(output))
     unit = args.tokens * args.vocabulary * 4 / 2**30
@@ -101,7 +106,7 @@ def main() -> None:
         memory = max(run["memory"] for run in runs)
         print(f"| {method} | {memory:.2f} | {statistics.median(seconds):.1f} ({seconds[0]:.1f}-{seconds[-1]:.1f}) |")
     machine = {"cores": os.cpu_count(), "torch": torch.__version__, "platform": platform.platform()}
-    setting = {key: getattr(args, key) for key in ("tokens", "vocabulary", "device")}
+    setting = {key: getattr(args, key) for key in ("tokens", "vocabulary", "device", "flush_denormals")}
     path = Path(__file__).parent / "results" / f"memory-{args.name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"machine": machine, "setting": setting, "runs": found}, indent=1) + "\n")

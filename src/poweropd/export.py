@@ -49,12 +49,11 @@ def export_student(
     shutil.rmtree(partial, ignore_errors=True)
     student.model.generation_config.eos_token_id = list(stop_ids)
     student.save(partial)
-    settings = " ".join(f"{key}={value:g}" for key, value in recipe.objective.build().settings.items())
     card = CARD.format(
         student=recipe.student.model,
         teacher=recipe.teacher.model,
         folder=folder,
-        objective=f"{recipe.objective.name} {settings}".strip(),
+        objective=recipe.objective.build(),
         steps=recipe.train.steps,
         prompts=recipe.train.prompts_per_step,
         lr=recipe.optimizer.lr,
