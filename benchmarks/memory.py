@@ -20,12 +20,16 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from dataclasses import replace
+
 import torch
 
 from poweropd.objectives import OBJECTIVES, build
-from poweropd.objectives.fused import LMHead
-from poweropd.objectives.loss import TeacherOutputs, loss_of
-from poweropd.objectives.shaping import RewardStatistics
+from poweropd.objectives.fused import token_scores
+from poweropd.objectives.lm_head import Distribution, LMHead
+from poweropd.objectives.loss import loss_of
+from poweropd.objectives.positions import TokenInputs
+from poweropd.objectives.shaping import Shaped
 
 HIDDEN, TEACHER_HIDDEN = 256, 512
 METHODS = [*(name for name, row in OBJECTIVES.items() if not row.on_golden_answers), "naive power", "naive reverse_kl"]
@@ -45,14 +49,19 @@ def measure(method: str, tokens: int, vocabulary: int, device: str) -> dict[str,
         loss = _naive(build(method.removeprefix("naive ")), hidden, weight, teacher_hidden, teacher_weight, targets)
     else:
         objective = build(method)
-        teacher = TeacherOutputs(
-            logprobs=-torch.rand(tokens, device=device),
-            hidden=teacher_hidden,
-            head=LMHead(teacher_weight, vocab_size=vocabulary),
-        )
-        statistics = RewardStatistics(count=1, total=0.0, square_total=1.0, largest=1.0, smallest=-1.0)
+        teacher = Distribution((teacher_hidden,), (LMHead(teacher_weight, vocab_size=vocabulary),))
         head = LMHead(weight, vocab_size=vocabulary)
-        loss = loss_of(objective, hidden, head, targets, teacher, denominator=tokens, statistics=statistics).loss
+        inputs = TokenInputs(targets, teacher=teacher)
+        if objective.needs != "full":
+            k = objective.k if objective.needs == "top_k" else 0
+            inputs = TokenInputs(targets, *token_scores(teacher_hidden, teacher.heads[0], targets, k=k))
+        if objective.needs_of_reference == "full":
+            inputs = replace(
+                inputs, reference=Distribution((hidden.detach(),), (replace(head, weight=weight.detach()),))
+            )
+        shaped = Shaped(*torch.ones(2, tokens, device=device)) if objective.needs_whole_step else None
+        before, start = _memory(device), time.perf_counter()
+        loss = loss_of(objective, hidden, head, inputs, denominator=tokens, shaped=shaped).loss
     loss.backward()
     loss.item()
     return {"memory": (_memory(device) - before) / (tokens * vocabulary * 4), "seconds": time.perf_counter() - start}

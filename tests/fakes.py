@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from poweropd.objectives import Needs
-from poweropd.objectives.fused import LMHead
+from poweropd.objectives.lm_head import Distribution, LMHead
 from poweropd.rollout.engine import Sampling
 from poweropd.types import Prompt, Rollout, TeacherScores
 
@@ -36,13 +36,18 @@ class FakeEngine:
 class FakeTeacher:
     """Gives token t the log-probability -t/1000, and hidden states that are the token id."""
 
-    provides: frozenset[Needs] = frozenset({"nothing", "sampled", "full"})
-    head: LMHead | None = LMHead(torch.ones(512, 1), vocab_size=512)
+    provides: frozenset[Needs] = frozenset({"nothing", "sampled", "top_k", "full"})
+    head = LMHead(torch.ones(512, 1), vocab_size=512)
 
-    def score(self, rollouts: Sequence[Rollout], *, needs: Needs) -> list[TeacherScores]:
-        ids = [torch.tensor(rollout.response_ids, dtype=torch.float32) for rollout in rollouts]
+    def score(self, rollouts: Sequence[Rollout], *, needs: Needs, k: int = 0) -> list[TeacherScores]:
+        return [self._scores(torch.tensor(rollout.response_ids), needs, k) for rollout in rollouts]
+
+    def _scores(self, ids: torch.Tensor, needs: Needs, k: int) -> TeacherScores:
         if needs == "nothing":
-            return [TeacherScores() for _ in rollouts]
+            return TeacherScores()
         if needs == "full":
-            return [TeacherScores(hidden=row[:, None]) for row in ids]
-        return [TeacherScores(logprobs=-row / 1000, entropies=torch.ones_like(row)) for row in ids]
+            return TeacherScores(distribution=Distribution((ids[:, None].float(),), (self.head,)))
+        logprobs, entropies = -ids / 1000, torch.ones(len(ids))
+        if needs == "sampled":
+            return TeacherScores(logprobs, entropies)
+        return TeacherScores(logprobs, entropies, torch.arange(k).expand(len(ids), k), torch.zeros(len(ids), k))

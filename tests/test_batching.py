@@ -1,10 +1,13 @@
 """The alignment rule, by hand-written tables."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from conftest import make_rollouts
 from poweropd.batching import collate, group_by_tokens
+from poweropd.objectives.lm_head import Distribution, LMHead
 from poweropd.types import Prompt, Rollout, ScoredRollout, TeacherScores
 
 A = ScoredRollout(
@@ -24,10 +27,30 @@ def test_every_per_token_tensor_speaks_of_target_ids() -> None:
     assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 1, 1]]
     assert batch.response_mask.tolist() == [[0, 1, 1], [1, 1, 1]]
     assert batch.loss_mask.tolist() == [[0, 1, 1], [1, 1, 1]]
-    torch.testing.assert_close(batch.rollout_logprobs, torch.tensor([[0, -0.1, -0.2], [-0.3, -0.4, -0.5]]))
-    assert batch.teacher_logprobs is not None
-    torch.testing.assert_close(batch.teacher_logprobs, torch.tensor([[0, -1.0, -2.0], [-3.0, -4.0, -5.0]]))
+    assert batch.inputs.target_ids.tolist() == [13, 9, 22, 23, 24]
+    assert batch.inputs.teacher_logprobs is not None
+    assert batch.inputs.teacher_logprobs.tolist() == [-1, -2, -3, -4, -5]
+    assert batch.inputs.rollout_logprobs is not None
+    assert batch.inputs.rollout_logprobs.isnan().all()  # the student's own: nothing to correct
+    assert batch.rows.tolist() == [0, 0, 1, 1, 1]
     assert batch.num_loss_tokens == 5
+
+
+def test_off_policy_tokens_keep_their_sampling_probability() -> None:
+    batch = collate([ScoredRollout(replace(A.rollout, source="teacher")), B], pad_id=0)
+    assert batch.inputs.rollout_logprobs is not None
+    torch.testing.assert_close(
+        batch.inputs.rollout_logprobs, torch.tensor([-0.1, -0.2] + 3 * [torch.nan]), equal_nan=True
+    )
+
+
+def test_a_masked_token_leaves_the_loss_wherever_it_stands() -> None:
+    batch = collate([A, B], pad_id=0, masked_ids=(13, 23))
+    assert batch.loss_mask.tolist() == [[0, 0, 1], [1, 0, 1]]
+    assert batch.inputs.target_ids.tolist() == [9, 22, 24]
+    assert batch.inputs.teacher_logprobs is not None
+    assert batch.inputs.teacher_logprobs.tolist() == [-2, -3, -5]
+    assert batch.rows.tolist() == [0, 1, 1]
 
 
 def test_shorter_rows_are_padded_on_the_right_and_masked() -> None:
@@ -38,7 +61,7 @@ def test_shorter_rows_are_padded_on_the_right_and_masked() -> None:
     assert batch.target_ids.tolist() == [[32, 33, 34, 35], [42, 7, 7, 7]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 0, 0, 0]]
     assert batch.loss_mask.tolist() == [[0, 0, 1, 1], [1, 0, 0, 0]]
-    assert batch.teacher_logprobs is None
+    assert batch.inputs.teacher_logprobs is None
 
 
 def test_a_masked_end_token_is_kept_in_the_response_but_not_in_the_loss() -> None:
@@ -47,14 +70,16 @@ def test_a_masked_end_token_is_kept_in_the_response_but_not_in_the_loss() -> Non
     assert batch.loss_mask.tolist() == [[0, 1, 0], [1, 1, 0]]
 
 
-def test_teacher_hidden_states_follow_the_loss_mask() -> None:
+def test_whole_distributions_follow_the_loss_mask() -> None:
+    head = LMHead(torch.ones(3, 1), vocab_size=3)
+
     def with_hidden(item: ScoredRollout, first: int) -> ScoredRollout:
         hidden = torch.arange(first, first + len(item.rollout))[:, None].float()
-        return ScoredRollout(item.rollout, TeacherScores(hidden=hidden))
+        return ScoredRollout(item.rollout, TeacherScores(distribution=Distribution((hidden,), (head,))))
 
     batch = collate([with_hidden(A, 0), with_hidden(B, 10)], pad_id=0, masked_end_ids=(9,))
-    assert batch.teacher_hidden is not None
-    assert batch.teacher_hidden[:, 0].tolist() == [0, 10, 11, 12]
+    assert batch.inputs.teacher is not None
+    assert batch.inputs.teacher.hidden[0][:, 0].tolist() == [0, 10, 11, 12]
     assert batch.loss_positions(batch.target_ids).tolist() == [13, 22, 23, 24]
 
 

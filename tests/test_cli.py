@@ -17,7 +17,7 @@ from conftest import RECIPE, ROOT
 from poweropd.cli import app
 from poweropd.models import resolve
 from poweropd.objectives import OBJECTIVES
-from poweropd.objectives.table import as_markdown
+from poweropd.objectives.describe import as_markdown
 from poweropd.runlog import RunDirectory
 
 SMALL = [
@@ -63,7 +63,7 @@ def test_a_small_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_trains(name: str, tmp_path: Path) -> None:
-    golden = ["rollout.engine=golden"] if OBJECTIVES[name].on_golden_answers else []
+    golden = ["rollout.sources={golden: 1}"] if OBJECTIVES[name].on_golden_answers else []
     code, output = train(tmp_path / "run", f"objective.name={name}", *golden)
     assert code == 0, output
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

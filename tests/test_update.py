@@ -1,6 +1,7 @@
 """The gradient of a step: what it must not depend on, and how many forwards it takes."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,33 +10,32 @@ from torch import Tensor
 from conftest import CHAT_END, END, make_model, make_rollouts
 from poweropd.batching import collate
 from poweropd.models import hidden_states
-from poweropd.objectives import OBJECTIVES, Needs, build
+from poweropd.objectives import OBJECTIVES, Objective, build
 from poweropd.policy import Student
 from poweropd.teacher.hf import HFTeacher
+from poweropd.teacher.scorer import judge
 from poweropd.types import Rollout, ScoredRollout
-from poweropd.update import GradientResult, accumulate_gradient
+from poweropd.update import GradientResult, MicroBatches, accumulate_gradient
 
 LENGTHS = [(3, 9), (7, 2), (1, 1), (5, 14), (2, 6)]
 
 
-def scored_by(teacher: HFTeacher, rollouts: list[Rollout], needs: Needs) -> list[ScoredRollout]:
-    return [ScoredRollout(*pair) for pair in zip(rollouts, teacher.score(rollouts, needs=needs), strict=True)]
-
-
 def gradient_of(
-    student: Student, teacher: HFTeacher, rollouts: list[Rollout], name: str, tokens: int = 10_000, **settings: object
+    student: Student,
+    teacher: HFTeacher,
+    rollouts: list[Rollout],
+    objective: Objective | str,
+    tokens: int = 10_000,
+    **settings: Any,
 ) -> tuple[GradientResult, Tensor]:
-    objective = build(name)
+    """The frozen initial student is another random model here, so that its KL is not zero."""
+    objective = build(objective) if isinstance(objective, str) else objective
     student.optimizer.zero_grad()
-    result = accumulate_gradient(
-        student,
-        scored_by(teacher, rollouts, objective.needs),
-        objective,
-        teacher_head=teacher.head,
-        tokens_per_micro_batch=tokens,
-        pad_id=0,
-        **settings,
-    )
+    reference = None
+    if objective.needs_of_reference != "nothing":
+        reference = HFTeacher(make_model(hidden_size=20, seed=7), vocab_size=512)
+    scored = judge(rollouts, objective, teacher, reference)
+    result = accumulate_gradient(student, scored, objective, MicroBatches(tokens=tokens, pad_id=0, **settings))
     return result, torch.cat([p.grad.flatten() for p in student.model.parameters() if p.grad is not None])
 
 
@@ -56,7 +56,8 @@ def test_the_gradient_does_not_depend_on_micro_batches(
         assert parts.loss == pytest.approx(whole.loss, rel=1e-5, abs=1e-8)
         assert (other - gradient).norm() <= 1e-5 * gradient.norm()
         for mine, theirs in zip(parts.terms, whole.terms, strict=True):
-            torch.testing.assert_close(mine.weights, theirs.weights, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(mine.advantages, theirs.advantages, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(mine.divergences, theirs.divergences, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["power", "zscore", "reverse_kl"])
@@ -136,12 +137,12 @@ def test_forwards_per_trained_token(
 def test_only_response_positions_reach_the_heads(
     make_student: Callable[..., Student], teacher: HFTeacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from poweropd.objectives import fused
+    from poweropd.objectives import lm_head
 
     rows = []
-    products = fused._Tiles.products
+    products = lm_head.Tiles.products
     monkeypatch.setattr(
-        fused._Tiles, "products", lambda self, tile: (rows.append(tile.stop - tile.start), products(self, tile))[1]
+        lm_head.Tiles, "products", lambda self, tile: (rows.append(tile.stop - tile.start), products(self, tile))[1]
     )
     rollouts = make_rollouts([(40, 3), (60, 2)])
     gradient_of(make_student(), teacher, rollouts, "power")
@@ -161,7 +162,7 @@ def test_end_token_policies(make_student: Callable[..., Student]) -> None:
     masked, _ = gradient_of(make_student(), plain_teacher, base, "log_ratio", masked_end_ids=ends)
     assert masked.num_loss_tokens == kept.num_loss_tokens - 2
     for before, after in zip(kept.terms, mapped.terms, strict=True):
-        torch.testing.assert_close(before.weights[:-1], after.weights[:-1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(before.advantages[:-1], after.advantages[:-1], rtol=1e-4, atol=1e-5)
         assert after.teacher_logprobs[-1] > before.teacher_logprobs[-1]  # the teacher's own end token is counted in
         assert after.logprobs[-1] > before.logprobs[-1]
 

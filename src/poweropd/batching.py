@@ -1,10 +1,13 @@
 """Scored rollouts to tensors. The alignment rule of `types` is enforced here and nowhere else."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from poweropd.objectives.lm_head import Distribution
+from poweropd.objectives.positions import TokenInputs
 from poweropd.types import Rollout, ScoredRollout, TokenBatch
 
 
@@ -23,54 +26,80 @@ def group_by_tokens(rollouts: Sequence[Rollout], tokens: int) -> list[list[int]]
     return groups
 
 
-def collate(scored: Sequence[ScoredRollout], *, pad_id: int, masked_end_ids: Sequence[int] = ()) -> TokenBatch:
+def collate(
+    scored: Sequence[ScoredRollout],
+    *,
+    pad_id: int,
+    masked_end_ids: Sequence[int] = (),
+    masked_ids: Sequence[int] = (),
+) -> TokenBatch:
     """Tensors of some scored rollouts; see `TokenBatch` for the layout.
 
     Args:
+        scored: with scores of one kind, and whole distributions of the same models.
         pad_id: fills the right of shorter rows; masked out everywhere.
         masked_end_ids: a response's last token is not trained on if it is one of these.
+        masked_ids: tokens that are never trained on.
     """
-    rows = [item.rollout for item in scored]
-    ids = [torch.tensor(row.prompt.prompt_ids + row.response_ids) for row in rows]
+    rollouts = [item.rollout for item in scored]
+    ids = [torch.tensor(rollout.prompt.prompt_ids + rollout.response_ids) for rollout in rollouts]
+    trained = [_trained(rollout, masked_end_ids, masked_ids) for rollout in rollouts]
     input_ids = _pad([row[:-1] for row in ids], pad_id)
-    batch, width = input_ids.shape
-    attention_mask, response_mask = torch.zeros((2, batch, width), dtype=torch.long)
-    loss_mask = torch.zeros((batch, width), dtype=torch.long)
-    for index, row in enumerate(rows):
-        start, stop = _response_span(row)
+    target_ids = _pad([row[1:] for row in ids], pad_id)
+    attention_mask, response_mask, loss_mask = torch.zeros((3, *input_ids.shape), dtype=torch.long)
+    for index, (rollout, kept) in enumerate(zip(rollouts, trained, strict=True)):
+        start, stop = _response_span(rollout)
         attention_mask[index, :stop] = 1
         response_mask[index, start:stop] = 1
-        trained_stop = stop - 1 if row.response_ids[-1] in masked_end_ids else stop
-        loss_mask[index, start:trained_stop] = 1
+        loss_mask[index, start:stop] = kept.long()
+    rows = torch.arange(len(scored)).repeat_interleave(loss_mask.sum(1))
 
-    def per_token(values: Sequence[Tensor | None]) -> Tensor | None:
-        """`[B, T]` from one `[response]` tensor a row, placed on the response."""
-        if any(value is None for value in values):
+    def of_loss_tokens(values: Sequence[Tensor | None]) -> Tensor | None:
+        """[N, ...] from one `[response, ...]` tensor a rollout; None where one is missing."""
+        there = [value for value in values if value is not None]
+        if len(there) < len(scored):
             return None
-        placed = torch.zeros((batch, width), dtype=torch.float32)
-        for index, (row, value) in enumerate(zip(rows, values, strict=True)):
-            assert value is not None
-            placed[index, slice(*_response_span(row))] = value
-        return placed
+        return torch.cat([value[kept.to(value.device)] for value, kept in zip(there, trained, strict=True)])
 
-    rollout_logprobs = per_token([torch.tensor(row.rollout_logprobs) for row in rows])
-    assert rollout_logprobs is not None
-    hidden = [
-        item.scores.hidden[: int(loss_mask[index].sum())]
-        for index, item in enumerate(scored)
-        if item.scores.hidden is not None
-    ]
-    return TokenBatch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        target_ids=_pad([row[1:] for row in ids], pad_id),
-        response_mask=response_mask,
-        loss_mask=loss_mask,
-        rollout_logprobs=rollout_logprobs,
-        teacher_logprobs=per_token([item.scores.logprobs for item in scored]),
-        teacher_entropies=per_token([item.scores.entropies for item in scored]),
-        teacher_hidden=torch.cat(hidden) if len(hidden) == len(rows) else None,
+    def whole(distributions: Sequence[Distribution | None]) -> Distribution | None:
+        there = [distribution for distribution in distributions if distribution is not None]
+        if len(there) < len(scored):
+            return None
+        members = [of_loss_tokens(hidden) for hidden in zip(*(item.hidden for item in there), strict=True)]
+        return replace(there[0], hidden=tuple(member for member in members if member is not None))
+
+    scores, references = [item.scores for item in scored], [item.reference for item in scored]
+    inputs = TokenInputs(
+        target_ids=target_ids[loss_mask.bool()],
+        teacher_logprobs=of_loss_tokens([score.logprobs for score in scores]),
+        teacher_entropies=of_loss_tokens([score.entropies for score in scores]),
+        top_ids=of_loss_tokens([score.top_ids for score in scores]),
+        top_logprobs=of_loss_tokens([score.top_logprobs for score in scores]),
+        rollout_logprobs=of_loss_tokens([_off_policy_logprobs(rollout) for rollout in rollouts]),
+        reference_logprobs=of_loss_tokens([reference.logprobs for reference in references]),
+        teacher=whole([score.distribution for score in scores]),
+        reference=whole([reference.distribution for reference in references]),
     )
+    return TokenBatch(input_ids, attention_mask, target_ids, response_mask, loss_mask, inputs, rows)
+
+
+def trained_places(rollout: Rollout, masked_end_ids: Sequence[int], masked_ids: Sequence[int]) -> Tensor:
+    """Which response tokens are trained on, as places in the response."""
+    return _trained(rollout, masked_end_ids, masked_ids).nonzero()[:, 0]
+
+
+def _trained(rollout: Rollout, masked_end_ids: Sequence[int], masked_ids: Sequence[int]) -> Tensor:
+    """[response] of bool."""
+    kept = torch.tensor([token not in masked_ids for token in rollout.response_ids])
+    kept[-1] &= rollout.response_ids[-1] not in masked_end_ids
+    return kept
+
+
+def _off_policy_logprobs(rollout: Rollout) -> Tensor:
+    """[response], NaN where the student itself sampled or nobody did."""
+    if rollout.source in ("student", "golden"):
+        return torch.full((len(rollout),), torch.nan)
+    return torch.tensor(rollout.rollout_logprobs)
 
 
 def _response_span(rollout: Rollout) -> tuple[int, int]:

@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from poweropd.objectives import Objective
+from poweropd.repetition import repetition_rate
 from poweropd.rollout.engine import Sampling
-from poweropd.types import ScoredRollout
+from poweropd.types import Rollout, ScoredRollout
 from poweropd.update import GradientResult, RolloutTerms
 
 HEAVY_TAIL = 5.0  # |log-ratio| beyond which a token counts as tail, in nats
@@ -21,12 +22,12 @@ def step_metrics(
 ) -> dict[str, float]:
     """Rewards, log-ratios, entropies, lengths of one step; see docs/metrics.md."""
     rollouts = [item.rollout for item in scored]
-    logprobs, entropies, teacher_logprobs, weights = (
-        torch.cat([getattr(terms, name) for terms in result.terms])
-        for name in ("logprobs", "entropies", "teacher_logprobs", "weights")
+    logprobs, entropies, teacher_logprobs = (
+        _joined(result, name) for name in ("logprobs", "entropies", "teacher_logprobs")
     )
+    kind, column = _signal(objective)
     metrics: dict[str, float] = {"loss": result.loss, "tokens": result.num_loss_tokens}
-    metrics |= _distribution("divergence" if objective.needs == "full" else "reward", weights)
+    metrics |= _distribution(kind, _joined(result, column))
     if objective.needs != "nothing":
         log_ratio = teacher_logprobs - logprobs
         metrics |= _distribution("log_ratio", log_ratio)
@@ -43,6 +44,33 @@ def step_metrics(
     if not reshaped and objective.needs != "nothing":  # else the sampler drew from another distribution, or nothing
         metrics["rollout/mismatch"] = sampler_gap(scored, result.terms)
     return metrics
+
+
+def stability_metrics(result: GradientResult, golden: GradientResult | None, objective: Objective) -> dict[str, float]:
+    """What holds the student: KL to its initial state and golden answers, with their coefficients; the whole loss."""
+    metrics = {"loss": result.loss + (golden.loss if golden else 0.0)}
+    if objective.needs_of_reference != "nothing":
+        metrics["reference_kl/mean"] = _joined(result, "reference_kl").mean().item()
+        metrics["reference_kl/coefficient"] = objective.reference_weight
+    if golden is not None:
+        metrics["golden/loss"] = golden.loss / objective.golden_weight
+        metrics["golden/coefficient"] = objective.golden_weight
+    return metrics
+
+
+def _signal(objective: Objective) -> tuple[str, str]:
+    """What to show of each token: the name, and the column of its terms."""
+    return ("reward", "advantages") if objective.estimator == "sampled" else ("divergence", "divergences")
+
+
+def _joined(result: GradientResult, column: str) -> Tensor:
+    return torch.cat([getattr(terms, column) for terms in result.terms])
+
+
+def repetition(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> float:
+    """Share of rollouts that end in repetition; special tokens count as text."""
+    texts = tokenizer.batch_decode([list(rollout.response_ids) for rollout in rollouts])
+    return repetition_rate(texts, max_new_tokens)
 
 
 def _distribution(name: str, values: Tensor) -> dict[str, float]:
@@ -63,21 +91,22 @@ def _thinned(values: Tensor, limit: int = 2**20) -> Tensor:
 def sampler_gap(scored: Sequence[ScoredRollout], terms: Sequence[RolloutTerms]) -> float:
     """Mean |log q by the trainer - log q by the sampler| in nats, where the sampler drew from q itself.
 
-    End tokens are left out: merged ones have no counterpart in the sampler.
+    Other sources and end tokens are left out: merged ones have no counterpart in the sampler.
     """
     gaps = []
     for item, term in zip(scored, terms, strict=True):
-        count = len(item.rollout) - (item.rollout.finish_reason == "stop")
-        gaps.append((term.logprobs[:count] - torch.tensor(item.rollout.rollout_logprobs[:count])).abs())
-    every = torch.cat(gaps)
+        if item.rollout.source == "student":
+            before_end = term.places < len(item.rollout) - (item.rollout.finish_reason == "stop")
+            sampled = torch.tensor(item.rollout.rollout_logprobs)[term.places]
+            gaps.append((term.logprobs - sampled)[before_end].abs())
+    every = torch.cat(gaps) if gaps else torch.zeros(0)
     return every.mean().item() if len(every) else 0.0
 
 
 def position_records(step: int, result: GradientResult, objective: Objective) -> list[dict[str, Any]]:
     """Reward statistics by position in the response, in bins that double: 0, 1, 2-3, 4-7, ..."""
-    kind = "divergence" if objective.needs == "full" else "reward"
-    weights = torch.cat([terms.weights for terms in result.terms])
-    positions = torch.cat([torch.arange(len(terms.weights)) for terms in result.terms])
+    kind, column = _signal(objective)
+    weights, positions = _joined(result, column), _joined(result, "places")
     bins = torch.where(positions == 0, 0, positions.clamp(min=1).log2().floor().long() + 1)
     records = []
     for bin_index in bins.unique().tolist():
@@ -95,9 +124,18 @@ def position_records(step: int, result: GradientResult, objective: Objective) ->
 
 
 def rollout_records(
-    step: int, scored: Sequence[ScoredRollout], result: GradientResult, tokenizer: PreTrainedTokenizerBase, count: int
+    step: int,
+    scored: Sequence[ScoredRollout],
+    result: GradientResult,
+    objective: Objective,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
 ) -> list[dict[str, Any]]:
-    """The first `count` rollouts of a step by token. `weights` are advantages, or divergences of a full objective."""
+    """The first `count` rollouts of a step by token, null where one is not trained on.
+
+    `weights` are advantages, or the divergences of an exact objective.
+    """
+    _, column = _signal(objective)
     return [
         {
             "step": step,
@@ -105,16 +143,17 @@ def rollout_records(
             "prompt": item.rollout.prompt.text,
             "finish_reason": item.rollout.finish_reason,
             "tokens": [tokenizer.decode([token]) for token in item.rollout.response_ids],
-            "weights": _rounded(terms.weights),
-            "student_logprobs": _rounded(terms.logprobs),
-            "teacher_logprobs": _rounded(terms.teacher_logprobs),
+            "weights": _by_token(item, terms, column),
+            "student_logprobs": _by_token(item, terms, "logprobs"),
+            "teacher_logprobs": _by_token(item, terms, "teacher_logprobs"),
         }
         for item, terms in list(zip(scored, result.terms, strict=True))[:count]
     ]
 
 
-def _rounded(values: Tensor) -> list[float | None]:
-    """For JSON, which has no NaN."""
+def _by_token(item: ScoredRollout, terms: RolloutTerms, column: str) -> list[float | None]:
+    """One number a response token, for JSON, which has no NaN."""
+    values = torch.full((len(item.rollout),), torch.nan).index_copy(0, terms.places, getattr(terms, column).float())
     return [round(value, 5) if value == value else None for value in values.tolist()]
 
 

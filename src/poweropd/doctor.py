@@ -11,7 +11,8 @@ from poweropd.config import Recipe
 from poweropd.diagnostics import sampler_gap
 from poweropd.guards import MISMATCH_ALARM
 from poweropd.rollout.engine import Sampling
-from poweropd.types import Rollout, ScoredRollout
+from poweropd.teacher.scorer import judge
+from poweropd.types import Rollout
 from poweropd.update import accumulate_gradient
 
 GIB = 2**30
@@ -131,18 +132,8 @@ def _teacher_determinism(recipe: Recipe, parts: Parts) -> Check:
 
 def _sampler_parity(recipe: Recipe, parts: Parts) -> Check:
     rollouts = _probe(parts)
-    scored = [
-        ScoredRollout(*pair)
-        for pair in zip(rollouts, parts.teacher.score(rollouts, needs=parts.objective.needs), strict=True)
-    ]
-    result = accumulate_gradient(
-        parts.student,
-        scored,
-        parts.objective,
-        teacher_head=parts.teacher.head,
-        tokens_per_micro_batch=recipe.train.tokens_per_micro_batch,
-        pad_id=parts.pair.pad_id,
-    )
+    scored = judge(rollouts, parts.objective, parts.teacher, parts.reference)
+    result = accumulate_gradient(parts.student, scored, parts.objective, parts.how)
     parts.student.optimizer.zero_grad()
     gap = sampler_gap(scored, result.terms)
     verdict: Literal["ok", "warn"] = "ok" if gap <= MISMATCH_ALARM else "warn"

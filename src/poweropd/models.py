@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from poweropd.errors import ModelError
-from poweropd.objectives.fused import LMHead, head_logits
+from poweropd.objectives.lm_head import LMHead, head_logits
 
 UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)  # what loading may raise
 EMBEDDED = "quickstart:"  # `quickstart:student` and `quickstart:teacher` name the embedded pair

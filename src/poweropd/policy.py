@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from poweropd.config import OptimizerConfig
 from poweropd.models import compute_precision, hidden_states, lm_head, no_progress_bars
-from poweropd.objectives.fused import LMHead
+from poweropd.objectives.lm_head import LMHead
 from poweropd.types import TokenBatch, UpdateResult
 
 

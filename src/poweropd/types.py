@@ -14,7 +14,12 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
+from poweropd.objectives.lm_head import Distribution
+from poweropd.objectives.positions import TokenInputs
+
 FinishReason = Literal["stop", "length"]
+Source = Literal["student", "teacher", "golden", "mixture"]
+"""Who wrote a response: a model by sampling, the data (`golden`), or both models token by token (`mixture`)."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class Prompt:
         text: the user's question, for people to read.
         answer: reference answer, for grading.
         golden_ids: a whole golden response with its end token, where the data has worked answers.
+        teacher: the name of the one that judges the answers, where each data set has its own.
     """
 
     id: str
@@ -36,6 +42,7 @@ class Prompt:
     text: str = ""
     answer: str | None = None
     golden_ids: tuple[int, ...] | None = None
+    teacher: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,8 @@ class Rollout:
     Attributes:
         sample: which of the prompt's samples this is.
         policy_version: optimizer steps taken by the weights that sampled it.
+        source: who wrote it. The `rollout_logprobs` are those of the distribution sampled from, whoever's it is; of a
+            golden answer they are 0, because nothing was sampled.
     """
 
     prompt: Prompt
@@ -56,6 +65,7 @@ class Rollout:
     finish_reason: FinishReason
     sample: int = 0
     policy_version: int = 0
+    source: Source = "student"
 
     def __len__(self) -> int:
         """Response tokens."""
@@ -64,25 +74,29 @@ class Rollout:
 
 @dataclass(frozen=True)
 class TeacherScores:
-    """What a teacher says of one rollout's T response tokens: as much as was asked for.
+    """What a teacher (or the reference) says of one rollout's T response tokens: as much as was asked for.
 
     Attributes:
         logprobs: [T] log p of each response token.
-        entropies: [T] of the teacher's distribution at each, in nats.
-        hidden: [T, H] last hidden states that predict each response token.
+        entropies: [T] of its distribution at each, in nats.
+        top_ids, top_logprobs: [T, k], its likeliest tokens at each and log p of them, descending.
+        distribution: its whole distribution at each.
     """
 
     logprobs: Tensor | None = None
     entropies: Tensor | None = None
-    hidden: Tensor | None = None
+    top_ids: Tensor | None = None
+    top_logprobs: Tensor | None = None
+    distribution: Distribution | None = None
 
 
 @dataclass(frozen=True)
 class ScoredRollout:
-    """A rollout with its teacher's scores."""
+    """A rollout with the scores of its teacher and, where an objective asks for it, of the frozen initial student."""
 
     rollout: Rollout
     scores: TeacherScores = field(default_factory=TeacherScores)
+    reference: TeacherScores = field(default_factory=TeacherScores)
 
 
 @dataclass(frozen=True)
@@ -98,8 +112,8 @@ class TokenBatch:
 
     Attributes:
         attention_mask: [B, T], 1 on tokens.
-        rollout_logprobs, teacher_logprobs, teacher_entropies: [B, T], 0 outside the response; None if not there.
-        teacher_hidden: [N, H], of the loss tokens alone, in row-major order of `loss_mask`.
+        inputs: what is known of the N loss tokens, in row-major order of `loss_mask`.
+        rows: [N], the row of each loss token.
     """
 
     input_ids: Tensor
@@ -107,14 +121,12 @@ class TokenBatch:
     target_ids: Tensor
     response_mask: Tensor
     loss_mask: Tensor
-    rollout_logprobs: Tensor
-    teacher_logprobs: Tensor | None = None
-    teacher_entropies: Tensor | None = None
-    teacher_hidden: Tensor | None = None
+    inputs: TokenInputs
+    rows: Tensor
 
     @property
     def num_loss_tokens(self) -> int:
-        return int(self.loss_mask.sum())
+        return len(self.inputs)
 
     def loss_positions(self, per_token: Tensor) -> Tensor:
         """The entries of a `[B, T, ...]` tensor at loss tokens: `[N, ...]`, row-major."""
@@ -122,7 +134,7 @@ class TokenBatch:
 
     def to(self, device: torch.device | str) -> Self:
         moved = {f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
-        return replace(self, **moved)
+        return replace(self, inputs=self.inputs.to(device), **moved)
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,16 @@
 """One gradient from scored rollouts: micro-batches, one student forward each, one denominator for all."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from poweropd.batching import collate, group_by_tokens
-from poweropd.objectives import Objective, RewardStatistics
-from poweropd.objectives.fused import LMHead, token_scores
-from poweropd.objectives.loss import TeacherOutputs, loss_of
+from poweropd.batching import collate, group_by_tokens, trained_places
+from poweropd.objectives import Objective
+from poweropd.objectives.loss import loss_of, unshaped_terms
+from poweropd.objectives.objective import Shaped
+from poweropd.objectives.shaping import StepTokens
 from poweropd.policy import Student
 from poweropd.types import ScoredRollout, TokenBatch
 
@@ -19,15 +20,21 @@ class RolloutTerms:
     """What the loss saw of one rollout's trained tokens, [T] each, on the CPU.
 
     Attributes:
+        places: where they stand in the response.
         logprobs, entropies: the student's.
         teacher_logprobs: the teacher's of the same tokens; NaN where no teacher was asked.
-        weights: the advantage of a sampled objective, the divergence of a full one.
+        advantages: what scales -log q of the token; 0 where the objective is exact.
+        divergences: exact ones of the position; 0 where the objective is sampled.
+        reference_kl: KL(student || initial student), exact or log q - log reference; 0 where it is not asked for.
     """
 
+    places: Tensor
     logprobs: Tensor
     entropies: Tensor
     teacher_logprobs: Tensor
-    weights: Tensor
+    advantages: Tensor
+    divergences: Tensor
+    reference_kl: Tensor
 
 
 @dataclass(frozen=True)
@@ -39,64 +46,111 @@ class GradientResult:
     terms: list[RolloutTerms]
 
 
-def accumulate_gradient(
-    student: Student,
-    scored: Sequence[ScoredRollout],
-    objective: Objective,
-    *,
-    teacher_head: LMHead | None,
-    tokens_per_micro_batch: int,
-    pad_id: int,
-    masked_end_ids: Sequence[int] = (),
-) -> GradientResult:
-    """Add the gradient of the objective over all rollouts to the student's parameters.
+@dataclass(frozen=True)
+class MicroBatches:
+    """How rollouts become tensors.
 
-    The result does not depend on how the rollouts fall into micro-batches. Objectives that need the reward statistics of
-    the whole batch cost one more student forward, without gradient.
-
-    Args:
-        teacher_head: for objectives that need the full distribution.
-        tokens_per_micro_batch: padded tokens of one forward and backward pass.
+    Attributes:
+        tokens: padded tokens of one forward and backward pass.
+        pad_id: see `collate`.
         masked_end_ids: end tokens that are not trained on.
+        masked_ids: tokens that are never trained on.
+        importance_cap: largest importance weight of off-policy tokens; None: they are not weighted.
     """
-    groups = group_by_tokens([item.rollout for item in scored], tokens_per_micro_batch)
-    batches = [
-        collate([scored[index] for index in group], pad_id=pad_id, masked_end_ids=masked_end_ids).to(student.device)
-        for group in groups
-    ]
+
+    tokens: int
+    pad_id: int
+    masked_end_ids: Sequence[int] = ()
+    masked_ids: Sequence[int] = ()
+    importance_cap: float | None = None
+
+
+def accumulate_gradient(
+    student: Student, scored: Sequence[ScoredRollout], objective: Objective, how: MicroBatches, *, weight: float = 1.0
+) -> GradientResult:
+    """Add `weight` times the gradient of the objective over all rollouts to the student's parameters.
+
+    The result does not depend on how the rollouts fall into micro-batches. An objective that needs the whole step costs
+    one more student forward, without gradient.
+    """
+    groups = list(_groups(scored, how.tokens))
+    batches = [_batch([scored[index] for index in group], student, how) for group in groups]
     num_loss_tokens = sum(batch.num_loss_tokens for batch in batches)
-    statistics = _statistics(student, batches, objective) if objective.needs_batch_statistics else None
+    shaped = _shape(student, batches, groups, scored, objective)
     loss = 0.0
     terms: dict[int, RolloutTerms] = {}
-    for group, batch in zip(groups, batches, strict=True):
+    for group, batch, shape in zip(groups, batches, shaped, strict=True):
         found = loss_of(
             objective,
             student.hidden_at_loss(batch),
             student.head,
-            batch.loss_positions(batch.target_ids),
-            _teacher_outputs(batch, teacher_head),
-            denominator=max(num_loss_tokens, 1),
-            statistics=statistics,
+            batch.inputs,
+            denominator=max(num_loss_tokens, 1) / weight,
+            shaped=shape,
+            importance_cap=how.importance_cap or torch.inf,
         )
         found.loss.backward()
         loss += found.loss.item()
         lengths = batch.loss_mask.sum(1).tolist()
-        columns = (values.cpu().split(lengths) for values in found[1:])
-        terms |= zip(group, (RolloutTerms(*rows) for rows in zip(*columns, strict=True)), strict=True)
+        columns = zip(*(values.cpu().split(lengths) for values in found[1:]), strict=True)
+        for index, column in zip(group, columns, strict=True):
+            places = trained_places(scored[index].rollout, how.masked_end_ids, how.masked_ids)
+            terms[index] = RolloutTerms(places, *column)
     return GradientResult(loss, num_loss_tokens, [terms[index] for index in range(len(scored))])
 
 
-def _teacher_outputs(batch: TokenBatch, head: LMHead | None) -> TeacherOutputs:
-    logprobs = None if batch.teacher_logprobs is None else batch.loss_positions(batch.teacher_logprobs)
-    return TeacherOutputs(logprobs=logprobs, hidden=batch.teacher_hidden, head=head)
+def _groups(scored: Sequence[ScoredRollout], tokens: int) -> Iterator[list[int]]:
+    """Rollouts of one micro-batch: of similar length, and judged by the same teacher."""
+    by_teacher: dict[tuple[int, ...], list[int]] = {}
+    for index, item in enumerate(scored):
+        distribution = item.scores.distribution
+        heads = () if distribution is None else tuple(id(head) for head in distribution.heads)
+        by_teacher.setdefault(heads, []).append(index)
+    for members in by_teacher.values():
+        for group in group_by_tokens([scored[index].rollout for index in members], tokens):
+            yield [members[place] for place in group]
+
+
+def _batch(scored: Sequence[ScoredRollout], student: Student, how: MicroBatches) -> TokenBatch:
+    batch = collate(scored, pad_id=how.pad_id, masked_end_ids=how.masked_end_ids, masked_ids=how.masked_ids)
+    batch = batch.to(student.device)
+    rollout_logprobs = batch.inputs.rollout_logprobs
+    if how.importance_cap is None or rollout_logprobs is None or rollout_logprobs.isnan().all():
+        return replace(batch, inputs=replace(batch.inputs, rollout_logprobs=None))
+    merged = torch.tensor(student.head.end_ids, device=student.device)  # the sampler knows no merged end token
+    rollout_logprobs = rollout_logprobs.masked_fill(torch.isin(batch.inputs.target_ids, merged), torch.nan)
+    return replace(batch, inputs=replace(batch.inputs, rollout_logprobs=rollout_logprobs))
 
 
 @torch.no_grad()
-def _statistics(student: Student, batches: Sequence[TokenBatch], objective: Objective) -> RewardStatistics:
-    """Of the rewards of every loss token, before any update."""
-    total = RewardStatistics()
-    for batch in batches:
-        targets = batch.loss_positions(batch.target_ids)
-        scores = token_scores(student.hidden_at_loss(batch), student.head, targets)
-        total += RewardStatistics.of(objective.reward(scores.logprobs, _teacher_outputs(batch, None).logprobs))
-    return total
+def _shape(
+    student: Student,
+    batches: Sequence[TokenBatch],
+    groups: Sequence[list[int]],
+    scored: Sequence[ScoredRollout],
+    objective: Objective,
+) -> list[Shaped] | list[None]:
+    """What whole-step shaping makes of each micro-batch, before any update; nothing where it is not needed."""
+    if not objective.needs_whole_step:
+        return [None] * len(batches)
+    prompts: dict[str, int] = {}
+    of_prompt = torch.tensor([prompts.setdefault(item.rollout.prompt.id, len(prompts)) for item in scored])
+    parts = []
+    for group, batch in zip(groups, batches, strict=True):
+        found = unshaped_terms(objective, student.hidden_at_loss(batch), student.head, batch.inputs)
+        rollouts = torch.tensor(group)[batch.rows.cpu()]
+        parts.append(
+            StepTokens(
+                logprobs=found.logprobs,
+                entropies=found.entropies,
+                teacher_logprobs=found.teacher_logprobs,
+                rewards=found.advantages,
+                divergences=found.divergences,
+                reference_kl=found.reference_kl,
+                rollouts=rollouts.to(student.device),
+                prompts=of_prompt[rollouts].to(student.device),
+            )
+        )
+    whole = objective.shape(StepTokens.cat(parts))
+    lengths = [batch.num_loss_tokens for batch in batches]
+    return [Shaped(*part) for part in zip(whole.advantages.split(lengths), whole.weights.split(lengths), strict=True)]

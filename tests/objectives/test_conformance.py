@@ -1,184 +1,200 @@
-"""Every row of the objective table passes every generic test. A new row inherits them.
-
-The enumeration: on a small vocabulary the expected gradient of a sampled objective is a finite sum, so it can be
-compared with a closed form to rounding. References here are written in probability space, from the definitions.
-"""
+"""Every row of the objective table passes every generic property, and each property can fail."""
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from poweropd.objectives import OBJECTIVES, Objective, RewardStatistics, build
-from poweropd.objectives.fused import LMHead
-from poweropd.objectives.loss import TeacherOutputs, loss_of
+from poweropd.objectives import (
+    OBJECTIVES,
+    Divergence,
+    Number,
+    Row,
+    build,
+    divergence_of,
+    from_derivative,
+    from_generator,
+    row_of,
+    settings_of,
+)
+from poweropd.objectives.conformance import PROPERTIES, check, inputs_of, of_logits
+from poweropd.objectives.fused import token_scores
+from poweropd.objectives.lm_head import Distribution, LMHead
+from poweropd.objectives.loss import loss_of, unshaped_terms
+from poweropd.objectives.shaping import StepTokens
 
-# methods.md section 6: the fixture of the golden numbers
-TEACHER = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03], dtype=torch.float64)
-STUDENT = torch.tensor([0.2, 0.3, 0.05, 0.35, 0.1], dtype=torch.float64)
-
-SAMPLED = [name for name, row in OBJECTIVES.items() if row.reward and not row.on_golden_answers]
-FULL = [name for name, row in OBJECTIVES.items() if row.divergence]
-
-
-def expected_update(advantage: Tensor, q: Tensor) -> Tensor:
-    """E_{v~q}[A(v) grad_logits log q(v)] = q (A - E_q A)."""
-    return q * (advantage - (q * advantage).sum())
-
-
-def random_pair(seed: int, size: int = 6) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    p, q = torch.randn(2, size, dtype=torch.float64, generator=generator).mul(1.5).softmax(-1)
-    return p, q
-
-
-def alphas_and_defaults(name: str) -> list[dict[str, float]]:
-    settings = OBJECTIVES[name].settings
-    if "alpha" in settings:
-        return [{"alpha": a} for a in (0.1, 0.5, 1.0, 5.0, 10.0)]
-    return [{"weight": w} for w in (0.1, 0.5, 0.9)] if "weight" in settings else [{}]
-
-
-NO_FIXED_TARGET = {"sign_max_abs"}  # its scale depends on the batch; pinned by value below
-
-
-def cases(names: list[str]) -> list:
-    return [pytest.param(build(n, **s), id=f"{n}-{s}") for n in names for s in alphas_and_defaults(n)]
-
-
-# What each objective says its gradient is of, written again from its definition, in probability space.
-def _clip_generator(u: Tensor, c: float) -> Tensor:
-    """f of the f-divergence whose exact gradient the clipped log-ratio follows (bounds -c and c)."""
-    e = torch.tensor(c).double().exp()
-    inside = u - 1 - u.log()
-    above, below = u * (1 - 1 / e) - c, u * (1 - e) + c
-    return torch.where(u > e, above, torch.where(u < 1 / e, below, inside))
-
-
-def target(name: str, p: Tensor, q: Tensor, **s: float) -> Tensor:
-    if name in ("log_ratio", "zscore"):
-        return (q * (q / p).log()).sum()
-    if name in ("power", "exact_power", "box_cox"):
-        a = s["alpha"]
-        bregman = (q ** (1 + a) / (1 + a) - q * p**a + a * p ** (1 + a) / (1 + a)).sum()
-        return bregman / a if name == "box_cox" else bregman
-    if name == "clip":
-        return (q * _clip_generator(p / q, 1.0)).sum()
-    if name == "reverse_kl":
-        return (q * (q / p).log()).sum()
-    if name == "forward_kl":
-        return (p * (p / q).log()).sum()
-    if name == "generalized_jsd":
-        w = s["weight"]
-        m = w * p + (1 - w) * q
-        return w * (p * (p / m).log()).sum() + (1 - w) * (q * (q / m).log()).sum()
-    if name == "tanh":
-        return (q * _generator_of(lambda ratio: torch.tanh(ratio.log() / s["tau"]), p / q)).sum()
-    raise AssertionError(f"write down what the gradient of {name} is of")
+RATIO = [name for name, row in OBJECTIVES.items() if "gauge" in settings_of(row)]
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in OBJECTIVES),
+    *((name, {"alpha": a}) for name in ("power", "box_cox", "exact_power") for a in (0.1, 0.5, 1, 10)),
+    *(("cressie_read", {"alpha": a}) for a in (-1, -0.5, 0.3, 2)),
+    *(("generalized_jsd", {"weight": w}) for w in (0.1, 0.9)),
+    *((name, {"estimator": "sampled"}) for name in RATIO if OBJECTIVES[name].estimators[0] == "full"),
+    *(("forward_kl", {"estimator": "sampled", "gauge": gauge}) for gauge in ("opd_plus", "stop_gradient")),
+    ("forward_kl", {"estimator": "sampled", "ratio_limit": 2}),
+    ("jeffreys", {"estimator": "sampled", "ratio_limit": 0.5}),
+    ("clip", {"low": -0.2, "high": 3}),
+    ("power", {"baseline": "exact"}),
+    ("power", {"baseline": "exact", "normalize": "zscore"}),
+    ("power", {"baseline": "leave_one_out"}),
+    ("log_ratio", {"discount": 0.9}),
+    ("log_ratio", {"discount": 1, "baseline": "exact", "normalize": "sign_max_abs"}),
+    ("reverse_kl", {"estimator": "top_k", "k": 3}),
+    ("reverse_kl", {"estimator": "top_k", "k": 2, "tail": "sample"}),
+    ("power", {"estimator": "top_k", "k": 2, "tail": "renormalize"}),
+    ("eopd", {"tail": "bucket", "estimator": "full", "k": 3, "threshold": 0.2}),
+    ("aopd", {"threshold": -1}),
+    ("veto", {"beta": 0}),
+    ("reopold", {"switch": 0}),
+    ("tip", {"share": 0.2}),
+    ("power", {"reference_kl": 0.1}),
+    ("reverse_kl", {"reference_kl": 0.1, "reference_kl_form": "k2_loss"}),
+    ("log_ratio", {"reference_kl": 0.1, "reference_kl_form": "k1_reward"}),
+]
 
 
-def _generator_of(advantage: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
-    """f(u) = u * integral_1^u a(s)/s^2 ds: the f-divergence whose gradient a non-decreasing advantage follows.
-
-    By the trapezium rule in v = 1/s, where ds/s^2 = -dv.
-    """
-    share = torch.linspace(0, 1, 20_001, dtype=u.dtype)
-    v = 1 + share[:, None] * (1 / u - 1)
-    return -u * torch.trapezoid(advantage(1 / v), v, dim=0)
+@pytest.mark.parametrize(("name", "settings"), VARIANTS, ids=lambda value: str(value))
+def test_every_property_holds(name: str, settings: dict[str, Any]) -> None:
+    assert not [f"{finding.title}: {finding.problem}" for finding in check(name, **settings) if not finding.holds]
 
 
-def target_gradient(name: str, p: Tensor, q: Tensor, **s: float) -> Tensor:
-    logits = q.log().requires_grad_()
-    return torch.autograd.grad(target(name, p, logits.softmax(-1), **s), logits)[0]
+# Objectives of this file, as a user would write them: `tests.objectives...:name` is not importable, so `plugged` does it.
 
-
-@pytest.mark.parametrize("objective", cases([name for name in SAMPLED if name not in NO_FIXED_TARGET]))
-@pytest.mark.parametrize("seed", range(4))
-def test_expected_sampled_gradient_is_the_declared_one(objective: Objective, seed: int) -> None:
-    p, q = random_pair(seed)
-    expected = -target_gradient(objective.name, p, q, **objective.settings)
-    advantage = objective.sampled(q.log(), p.log(), RewardStatistics(count=1, total=0.7, square_total=4.49))
-    if objective.name == "zscore":  # mean 0.7, standard deviation 2: the shift vanishes, the scale stays
-        expected = expected / 2
-    torch.testing.assert_close(expected_update(advantage, q), expected, rtol=1e-7, atol=1e-9)
-
-
-@pytest.mark.parametrize("objective", cases(FULL))
-@pytest.mark.parametrize("seed", range(4))
-def test_full_gradient_is_the_declared_one(objective: Objective, seed: int) -> None:
-    p, q = random_pair(seed)
-    logits = q.log().requires_grad_()
-    value = objective.full(logits.log_softmax(-1), p.log())
-    torch.testing.assert_close(value, target(objective.name, p, q, **objective.settings), rtol=1e-9, atol=1e-12)
-    (gradient,) = torch.autograd.grad(value, logits)
-    torch.testing.assert_close(gradient, target_gradient(objective.name, p, q, **objective.settings))
-
-
-@pytest.mark.parametrize("objective", cases(FULL))
-def test_divergences_are_positive_and_zero_only_at_the_teacher(objective: Objective) -> None:
-    for seed in range(20):
-        p, q = random_pair(seed)
-        assert objective.full(q.log(), p.log()) > 0
-        assert objective.full(p.log(), p.log()).abs() < 1e-12
-
-
-@pytest.mark.parametrize("objective", cases(SAMPLED + FULL))
-def test_nothing_moves_when_the_student_is_the_teacher(objective: Objective) -> None:
-    p, _ = random_pair(0)
-    if objective.needs == "full":
-        logits = p.log().requires_grad_()
-        (gradient,) = torch.autograd.grad(objective.full(logits.log_softmax(-1), p.log()), logits)
-        assert gradient.abs().max() < 1e-12
-    else:
-        assert objective.sampled(p.log(), p.log()).abs().max() < 1e-12
-
-
-@pytest.mark.parametrize("objective", cases(SAMPLED))
-def test_rewards_are_detached_and_have_the_sign_of_p_minus_q(objective: Objective) -> None:
-    p, q = random_pair(1)
-    logq = q.log().requires_grad_()
-    reward = objective.reward(logq, p.log())
-    assert not reward.requires_grad
-    assert torch.equal(reward.sign(), (p - q).sign())
-
-
-GOLDEN = {  # methods.md 6.A: reward, expected update G
-    ("log_ratio", None): (
-        [0.916291, -0.182322, 1.098612, -1.609438, -1.203973],
-        [0.283300, 0.095366, 0.079941, -0.388230, -0.070376],
+GOOD = OBJECTIVES["squared_hellinger"]
+OWN: dict[str, Row | Divergence] = {
+    "own_root": from_derivative(lambda x: x.sqrt()),
+    "own_hellinger": from_generator(lambda u: (u.sqrt() - 1).square()),
+    "own_softsign": divergence_of(lambda r: r / (1 + r.abs())),
+    "own_row": Row(
+        "a third root", "r = p^(1/3) - q^(1/3)", "-B_phi(q || p)", "nowhere",
+        lambda beta: from_derivative(lambda x: x**beta), ("sampled", "top_k", "full"),
+        {"beta": Number(1 / 3, "exponent", low=0.0)},
     ),
-    ("power", 0.1): (
-        [0.081693, -0.016018, 0.086063, -0.133845, -0.090102],
-        [0.024342, 0.007201, 0.006304, -0.032839, -0.005008],
+}  # fmt: skip
+
+
+def wrong(**changes: Any) -> Divergence:
+    assert GOOD.divergence is not None
+    return replace(GOOD.divergence(), **changes)
+
+
+def advantage(logq: Tensor, logp: Tensor) -> Tensor:
+    return torch.expm1((logp - logq) / 2)
+
+
+BROKEN: dict[str, tuple[Row | Divergence, str]] = {
+    "silent": (replace(GOOD, gradient_of=""), "says what it is"),
+    "attached": (wrong(advantage=lambda q, p: advantage(q, p) + 1), "nothing moves where student and teacher agree"),
+    "infinite": (wrong(advantage=lambda q, p: torch.expm1(4 * (p - q))), "rewards are detached and finite"),
+    "shifted": (
+        wrong(term=lambda q, p: ((p / 2).exp() - (q / 2).exp()).square() + 0.1),
+        "value is zero at the teacher, positive elsewhere",
     ),
-    ("power", 0.5): (
-        [0.259893, -0.047723, 0.163692, -0.327033, -0.143023],
-        [0.068562, 0.010558, 0.012330, -0.085440, -0.006011],
+    "cut_graph": (
+        wrong(term=lambda q, p: ((p / 2).exp() - (q / 2).exp().detach()).square() + 0 * q),
+        "gradient is that of its value",
     ),
-    ("power", 1.0): ([0.3, -0.05, 0.1, -0.28, -0.07], [0.071, 0.0015, 0.00775, -0.07875, -0.0015]),
-    ("power", 5.0): (
-        [0.030930, -0.001453, 0.000076, -0.005251, -0.000010],
-        [0.005403, -0.001611, -0.000192, -0.003208, -0.000393],
-    ),
+    "wrong_sign": (wrong(advantage=lambda q, p: -advantage(q, p)), "estimators agree in expectation"),
+    "stop_gradient": (wrong(advantage=lambda q, p: -advantage(q, p).square()), "estimators agree in expectation"),
+    "falling": (wrong(advantage=lambda q, p: torch.sin(3 * (p - q))), "advantage grows with the ratio"),
+    "raising": (wrong(advantage=lambda q, p: q.nonsense), "rewards are detached and finite"),
 }
 
 
-@pytest.mark.parametrize(("name", "alpha"), GOLDEN)
-def test_golden_rewards_and_updates(name: str, alpha: float | None) -> None:
-    objective = build(name, **({} if alpha is None else {"alpha": alpha}))
-    reward, update = (torch.tensor(values, dtype=torch.float64) for values in GOLDEN[name, alpha])
-    got = objective.sampled(STUDENT.log(), TEACHER.log())
-    torch.testing.assert_close(got, reward, rtol=0, atol=1e-6)
-    torch.testing.assert_close(expected_update(got, STUDENT), update, rtol=0, atol=1e-6)
+@pytest.fixture
+def plugged(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Any], str]:
+    """Makes an objective importable from the folder that the user is in."""
+
+    def plug(name: str, value: Any) -> str:
+        import sys
+        from types import ModuleType
+
+        module = ModuleType("own_objectives")
+        setattr(module, name, value)
+        monkeypatch.setitem(sys.modules, "own_objectives", module)
+        return f"own_objectives:{name}"
+
+    monkeypatch.chdir(tmp_path)
+    return plug
 
 
-def test_golden_divergences() -> None:
-    student, teacher = STUDENT.log(), TEACHER.log()
-    assert build("reverse_kl").full(student, teacher).item() == pytest.approx(0.500208256, abs=1e-9)
-    assert build("forward_kl").full(student, teacher).item() == pytest.approx(0.428576982, abs=1e-9)
-    assert build("generalized_jsd").full(student, teacher).item() == pytest.approx(0.108311, abs=1e-6)
+@pytest.mark.parametrize("name", OWN)
+def test_an_objective_of_the_users_own_is_built_and_checked(name: str, plugged: Callable[[str, Any], str]) -> None:
+    full_name = plugged(name, OWN[name])
+    assert not [f"{f.title}: {f.problem}" for f in check(full_name) if not f.holds]
+    assert build(full_name, estimator="full").needs == "full"
+    assert full_name in str(build(full_name))
+
+
+@pytest.mark.parametrize("name", [name for name, (_, caught) in BROKEN.items() if caught])
+def test_each_fault_is_caught_by_its_property(name: str, plugged: Callable[[str, Any], str]) -> None:
+    broken, caught_by = BROKEN[name]
+    failed = [finding.title for finding in check(plugged(name, broken)) if not finding.holds]
+    assert caught_by in failed
+
+
+def test_a_file_of_the_users_own_is_imported_from_where_they_are(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from poweropd.objectives import from_derivative\nroot = from_derivative(lambda x: x.sqrt())\nnumber = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    q, p = torch.tensor([0.2, 0.8]).log(), torch.tensor([0.5, 0.5]).log()
+    torch.testing.assert_close(build("mine:root").sampled(q, p), build("power", alpha=0.5).sampled(q, p))
+    for name, message in {
+        "mine:absent": "module 'mine' has no 'absent'",
+        "absent:root": "cannot import 'absent'",
+        "mine:number": "mine:number is a int; give a poweropd.objectives.Row or a Divergence",
+    }.items():
+        with pytest.raises(ValueError, match=re.escape(message)):
+            build(name)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_any_split_into_micro_batches_gives_the_same_gradient(name: str) -> None:
+    """Loss and gradient of the whole equal the sums over parts, with the whole's denominator and shaping."""
+    objective = build(name)
+    hidden, weight = torch.randn(11, 8), torch.randn(16, 8)
+    teacher = Distribution((torch.randn(11, 12),), (LMHead(torch.randn(17, 12), vocab_size=15),))
+    student = Distribution((hidden,), (LMHead(weight, vocab_size=15),))
+    inputs = inputs_of(objective, torch.randint(0, 15, (11,)), teacher, student)
+    found = unshaped_terms(objective, hidden, student.heads[0], inputs)
+    numbers = torch.arange(11) // 4
+    tokens = StepTokens(*found[1:], rollouts=numbers, prompts=numbers)
+    shaped = objective.shape(tokens) if objective.needs_whole_step else None
+
+    def part_of(value: Any, part: slice) -> Any:
+        if isinstance(value, Distribution):
+            return replace(value, hidden=tuple(rows[part] for rows in value.hidden))
+        return value[part] if isinstance(value, Tensor) else value
+
+    def run(splits: list[int]) -> tuple[float, Tensor, Tensor]:
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        total, start = 0.0, 0
+        for size in splits:
+            part = slice(start, start + size)
+            start += size
+            cut = replace(inputs, **{key: part_of(value, part) for key, value in vars(inputs).items()})
+            of_part = None if shaped is None else replace(shaped, **{k: v[part] for k, v in vars(shaped).items()})
+            head = LMHead(w, vocab_size=15)
+            terms = loss_of(objective, h[part], head, cut, denominator=11, shaped=of_part)
+            terms.loss.backward()
+            total += terms.loss.item()
+        assert h.grad is not None
+        assert w.grad is not None
+        return total, h.grad, w.grad
+
+    loss, dh, dw = run([11])
+    for splits in ([1] * 11, [4, 7], [10, 1]):
+        other_loss, other_dh, other_dw = run(splits)
+        assert other_loss == pytest.approx(loss, rel=1e-5, abs=1e-6)
+        assert (other_dh - dh).norm() <= 1e-5 * dh.norm()
+        assert (other_dw - dw).norm() <= 1e-5 * dw.norm()
 
 
 def test_bounded_rewards_stay_in_their_bounds() -> None:
@@ -208,63 +224,29 @@ def test_box_cox_tends_to_the_log_ratio_in_fp32() -> None:
     torch.testing.assert_close(got, teacher - student, rtol=1e-4, atol=0)
 
 
-def test_statistics_of_parts_add_up() -> None:
-    rewards = torch.randn(1000).mul(5)
-    parts = sum((RewardStatistics.of(part) for part in rewards.split(37)), RewardStatistics())
-    whole = RewardStatistics.of(rewards)
-    assert parts.mean == pytest.approx(whole.mean)
-    assert parts.deviation == pytest.approx(rewards.double().std(unbiased=False).item())
-    assert (parts.largest, parts.smallest) == (rewards.max().item(), rewards.min().item())
+@pytest.mark.parametrize("name", [name for name, row in OBJECTIVES.items() if "full" in row.estimators])
+def test_the_teacher_gets_no_gradient(name: str) -> None:
+    student, teacher = torch.randn(2, 4, 6).log_softmax(-1)
+    student.requires_grad_()
+    teacher.requires_grad_()
+    build(name).full(student, teacher).sum().backward()
+    assert teacher.grad is None
+    assert student.grad is not None
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_any_split_into_micro_batches_gives_the_same_gradient(name: str) -> None:
-    """Loss and gradient of the whole equal the sums over parts, with the whole's denominator and statistics."""
-    objective = build(name)
-    hidden, teacher_hidden = torch.randn(11, 8), torch.randn(11, 12)
-    weight, teacher_weight = torch.randn(16, 8), torch.randn(17, 12)
-    targets = torch.randint(0, 15, (11,))
-    teacher_head = LMHead(teacher_weight, vocab_size=15)
-    teacher_logprobs = torch.log_softmax(teacher_hidden @ teacher_weight[:15].T, -1).gather(1, targets[:, None])[:, 0]
-    student_logprobs = torch.log_softmax(hidden @ weight[:15].T, -1).gather(1, targets[:, None])[:, 0]
-    statistics = (
-        RewardStatistics.of(objective.reward(student_logprobs, teacher_logprobs))
-        if objective.needs_batch_statistics
-        else None
-    )
-
-    def run(splits: list[int]) -> tuple[float, Tensor, Tensor]:
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        total, start = 0.0, 0
-        for size in splits:
-            part = slice(start, start + size)
-            start += size
-            teacher = TeacherOutputs(teacher_logprobs[part], teacher_hidden[part], teacher_head)
-            terms = loss_of(
-                objective, h[part], LMHead(w, vocab_size=15), targets[part], teacher,
-                denominator=11, statistics=statistics,
-            )  # fmt: skip
-            terms.loss.backward()
-            total += terms.loss.item()
-        assert h.grad is not None
-        assert w.grad is not None
-        return total, h.grad, w.grad
-
-    loss, dh, dw = run([11])
-    for splits in ([1] * 11, [4, 7], [10, 1]):
-        other_loss, other_dh, other_dw = run(splits)
-        assert other_loss == pytest.approx(loss, rel=1e-5, abs=1e-7)
-        assert (other_dh - dh).norm() <= 1e-5 * dh.norm()
-        assert (other_dw - dw).norm() <= 1e-5 * dw.norm()
-
-
-def test_the_teacher_gets_no_gradient() -> None:
-    for name in FULL:
-        teacher = TEACHER.log().requires_grad_()
-        student = STUDENT.log().requires_grad_()
-        build(name).full(student, teacher).backward()
-        assert teacher.grad is None
-        assert student.grad is not None
+@pytest.mark.parametrize("name", [name for name, row in OBJECTIVES.items() if "full" in row.estimators])
+def test_tokens_that_neither_model_can_emit_change_nothing(name: str) -> None:
+    """Merged end tokens carry a logit of -1e9 under both models."""
+    objective = build(name, k=3) if "k" in settings_of(row_of(name)) and name == "eopd" else build(name)
+    student, teacher = torch.randn(2, 4, 6).log_softmax(-1)
+    never = torch.full((4, 2), -1e9)
+    with_never = torch.cat([student, never + 64], -1).requires_grad_(), torch.cat([teacher, never], -1)
+    bare = student.clone().requires_grad_()
+    torch.testing.assert_close(objective.full(*with_never), objective.full(bare, teacher))
+    objective.full(*with_never).sum().backward()
+    objective.full(bare, teacher).sum().backward()
+    torch.testing.assert_close(with_never[0].grad[:, :6], bare.grad)
+    assert not with_never[0].grad[:, 6:].any()
 
 
 @pytest.mark.parametrize(
@@ -275,18 +257,85 @@ def test_the_teacher_gets_no_gradient() -> None:
         ("power", {"alpha": -1}, "outside"),
         ("power", {"alpha": "five"}, "outside"),
         ("power", {"alfa": 5}, "did you mean 'alpha'"),
-        ("log_ratio", {"alpha": 5}, "log_ratio has no such setting; known: none"),
+        ("log_ratio", {"alpha": 5}, "log_ratio has no such setting"),
         ("generalized_jsd", {"weight": 1.0}, "outside (0, 1)"),
         ("clip", {"low": 1.0}, "outside (-inf, 0)"),
+        ("cressie_read", {"alpha": 1}, "alpha -> 1 is forward_kl"),
+        ("reverse_kl", {"estimator": "topk"}, "did you mean 'top_k'"),
+        ("reverse_kl", {"estimator": "top_k", "k": 2.5}, "a whole number in [1, inf)"),
+        ("reverse_kl", {"k": 8}, "set objective.estimator=top_k"),
+        ("reverse_kl", {"estimator": "top_k", "tail": "keep"}, "does not vanish where both models agree"),
+        ("reverse_kl", {"discount": 0.5}, "says nothing of the positions after it; set objective.estimator=sampled"),
+        ("forward_kl", {"normalize": "zscore"}, "set objective.estimator=sampled"),
+        ("power", {"discount": 0.5}, "power has no such setting"),
+        ("power", {"gauge": "opd_plus"}, "power has no such setting"),
+        (
+            "power",
+            {"reference_kl": 0.1, "reference_kl_form": "k3_loss"},
+            "follows the gradient of KL(reference || student)",
+        ),
+        ("power", {"reference_kl": 0.1, "reference_kl_form": "k1_loss"}, "expected gradient of zero"),
+        ("reverse_kl", {"reference_kl": 0.1, "reference_kl_form": "k1_reward"}, "k2_loss work with every estimator"),
+        ("power", {"reference_kl_form": "k2_loss"}, "does nothing while objective.reference_kl is 0"),
+        ("power", {"reference_kl": 0.1, "reference_kl_schedule": "adaptive"}, "needs objective.reference_kl_target"),
+        ("power", {"golden_schedule": "linear"}, "does nothing while objective.golden is 0"),
     ],
 )
-def test_bad_settings_are_refused(name: str, settings: dict, message: str) -> None:
+def test_bad_settings_are_refused(name: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         build(name, **settings)
 
 
-def test_a_missing_form_is_refused_with_the_alternatives() -> None:
+def test_all_problems_are_told_at_once() -> None:
+    with pytest.raises(ValueError, match=r"objective\.alpha.*\n.*objective\.k"):
+        build("power", alpha=-1, k=0)
+
+
+def test_a_missing_form_is_refused_with_alternatives() -> None:
+    two = torch.zeros(2, 2)
     with pytest.raises(ValueError, match=r"no sampled form.*power"):
-        build("reverse_kl").sampled(torch.zeros(1), torch.zeros(1))
+        build("tip").sampled(two, two)
     with pytest.raises(ValueError, match=r"no full-vocabulary form.*reverse_kl"):
-        build("power").full(torch.zeros(1, 2), torch.zeros(1, 2))
+        build("zscore").full(two, two)
+    with pytest.raises(ValueError, match=r"no top-k form"):
+        build("tip").top_k(two, two)
+    with pytest.raises(ValueError, match=r"leave_one_out compares the rollouts of one prompt"):
+        build("power", baseline="leave_one_out").sampled(two, two)
+
+
+def test_what_each_needs_of_the_teacher() -> None:
+    assert build("power").needs == "sampled"
+    assert build("power", estimator="full").needs == build("power", baseline="exact").needs == "full"
+    assert build("power", estimator="top_k").needs == build("eopd").needs == build("aopd").needs == "top_k"
+    assert build("sft").needs == "nothing"
+    assert build("stable_opd").needs_of_reference == "full"
+    assert build("stable_opd", reference_kl_form="k2_loss").needs_of_reference == "sampled"
+    assert build("power").needs_of_reference == "nothing"
+
+
+def test_teacher_without_what_is_needed_is_refused() -> None:
+    hidden, head = torch.randn(2, 3), LMHead(torch.randn(4, 3), vocab_size=4)
+    targets = torch.tensor([1, 2])
+    bare = inputs_of(build("sft"), targets, of_logits(torch.randn(2, 4)), of_logits(torch.randn(2, 4)))
+    for name, settings, missing in (
+        ("power", {}, "the teacher's log-probabilities"),
+        ("reverse_kl", {}, "the teacher's whole distribution"),
+        ("reverse_kl", {"estimator": "top_k"}, "the teacher's likeliest tokens"),
+        ("zscore", {}, "the rewards of the whole step"),
+    ):
+        with pytest.raises(ValueError, match=missing):
+            loss_of(build(name, **settings), hidden, head, bare, denominator=1)
+
+
+def test_every_property_has_a_fault_that_it_catches() -> None:
+    """Settings ranges and the fused sweep are the package's own; no objective can break them from outside."""
+    not_from_outside = {"refuses what is out of range", "fused gradient is that of the written-out loss"}
+    assert {caught for _, caught in BROKEN.values() if caught} == set(PROPERTIES) - not_from_outside
+
+
+def test_token_scores_give_the_likeliest_tokens() -> None:
+    hidden, head = torch.randn(5, 3), LMHead(torch.randn(9, 3), vocab_size=8)
+    scores = token_scores(hidden, head, torch.zeros(5, dtype=torch.long), k=3)
+    expected = (hidden @ head.weight[:8].T).log_softmax(-1).topk(3)
+    assert scores.top_ids.equal(expected.indices)
+    torch.testing.assert_close(scores.top_logprobs, expected.values)

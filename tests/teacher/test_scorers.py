@@ -7,9 +7,10 @@ import torch
 
 from conftest import CHAT_END, END, make_model, make_rollouts
 from fakes import FakeTeacher
-from poweropd.objectives.fused import head_logits
+from poweropd.objectives.lm_head import head_logits
 from poweropd.teacher.hf import HFTeacher
 from poweropd.teacher.scorer import TeacherScorer
+from poweropd.types import TeacherScores
 
 LENGTHS = [(3, 5), (9, 2), (1, 20), (6, 12), (2, 1)]
 TEACHERS: dict[str, Callable[[], TeacherScorer]] = {
@@ -32,13 +33,19 @@ def test_contract(name: str) -> None:
     again = teacher.score(rollouts[::-1], needs="sampled")[::-1]
     for one, other in zip(sampled, again, strict=True):
         torch.testing.assert_close(one.logprobs, other.logprobs)
-    assert all(scores.logprobs is None and scores.hidden is None for scores in teacher.score(rollouts, needs="nothing"))
+    assert teacher.score(rollouts, needs="nothing") == [TeacherScores()] * len(rollouts)
     assert teacher.score([], needs="sampled") == []
+    if "top_k" in teacher.provides:
+        for rollout, scores in zip(rollouts, teacher.score(rollouts, needs="top_k", k=4), strict=True):
+            assert scores.top_ids is not None
+            assert scores.top_logprobs is not None
+            assert scores.top_ids.shape == scores.top_logprobs.shape == (len(rollout), 4)
+            assert (scores.top_logprobs.diff(dim=1) <= 0).all()
     if "full" in teacher.provides:
-        assert teacher.head is not None
         for rollout, scores in zip(rollouts, teacher.score(rollouts, needs="full"), strict=True):
-            assert scores.hidden is not None
-            assert scores.hidden.shape == (len(rollout), teacher.head.weight.shape[1])
+            assert scores.distribution is not None
+            for hidden, head in zip(scores.distribution.hidden, scores.distribution.heads, strict=True):
+                assert hidden.shape == (len(rollout), head.weight.shape[1])
 
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 30, 10_000])
@@ -55,11 +62,9 @@ def test_logprobs_are_those_of_the_model_at_temperature_one(tokens_per_batch: in
         expected = logprobs[range(len(rollout)), list(rollout.response_ids)]
         torch.testing.assert_close(scores.logprobs, expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(scores.entropies, -(logprobs.exp() * logprobs).sum(-1), rtol=1e-4, atol=1e-5)
-        assert teacher.head is not None
-        assert states.hidden is not None
-        torch.testing.assert_close(
-            head_logits(states.hidden, teacher.head).log_softmax(-1), logprobs, rtol=1e-4, atol=1e-4
-        )
+        assert states.distribution is not None
+        (hidden,), (head,) = states.distribution.hidden, states.distribution.heads
+        torch.testing.assert_close(head_logits(hidden, head).log_softmax(-1), logprobs, rtol=1e-4, atol=1e-4)
 
 
 def test_merged_end_tokens_raise_the_score_of_the_last_token_alone() -> None:

@@ -1,6 +1,14 @@
 """Objectives of on-policy distillation: pure functions of tensors. Imports torch and nothing else of this package."""
 
-from poweropd.objectives.shaping import RewardStatistics
-from poweropd.objectives.table import OBJECTIVES, Needs, Objective, Row, Setting, build
+from poweropd.objectives.bregman import from_derivative
+from poweropd.objectives.build import STABILITY, build, row_of, settings_of
+from poweropd.objectives.csiszar import divergence_of, from_generator
+from poweropd.objectives.divergences import Divergence
+from poweropd.objectives.objective import Needs, Objective, Row
+from poweropd.objectives.settings import Choice, Number
+from poweropd.objectives.table import OBJECTIVES
 
-__all__ = ["OBJECTIVES", "Needs", "Objective", "RewardStatistics", "Row", "Setting", "build"]
+__all__ = [
+    "OBJECTIVES", "STABILITY", "Choice", "Divergence", "Needs", "Number", "Objective", "Row", "build", "divergence_of",
+    "from_derivative", "from_generator", "row_of", "settings_of",
+]  # fmt: skip

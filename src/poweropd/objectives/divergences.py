@@ -1,46 +1,91 @@
-"""Exact divergences of two next-token distributions, over the whole vocabulary.
+"""What a divergence is here: a sum of terms, whose derivative is the advantage of a sampled token.
 
-Notation: q is the student, p the teacher. Every function takes `student_logprobs` (log q) and `teacher_logprobs`
-(log p), `[..., vocabulary]`, normalised, in nats, and returns one value per position, `[...]`, which is zero exactly
-where q = p. The gradient goes to the student only; the distribution over prefixes is held fixed. A token that neither
-model can emit may carry any large negative finite log-probability.
+At one prefix, with student q and teacher p over the outcomes v, every divergence of this package is
+
+    D(q, p) = sum_v term(log q_v, log p_v),
+
+and therefore, for any constant c,
+
+    -grad D = E_{v ~ q}[(A(v) + c) grad log q(v)],    A(v) = -(1 / q_v) d term / d log q_v.
+
+So one term gives the exact value over the vocabulary and the detached advantage of one sampled token, and the two agree
+in expectation. Shapes are free: `term` and `advantage` are elementwise, `value` sums over the last axis. The gradient
+goes to the student only; the distribution over prefixes is held fixed. A token that neither model can emit may carry any
+large negative finite log-probability.
 """
 
-import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-
-def reverse_kl(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
-    """KL(q || p) = sum_v q (log q - log p)."""
-    return (student_logprobs.exp() * (student_logprobs - teacher_logprobs)).sum(-1)
+Elementwise = Callable[[Tensor, Tensor], Tensor]  # (log q, log p), one shape -> that shape
 
 
-def forward_kl(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
-    """KL(p || q) = sum_v p (log p - log q)."""
-    return (teacher_logprobs.exp() * (teacher_logprobs - student_logprobs)).sum(-1)
+@dataclass(frozen=True)
+class Divergence:
+    """One divergence of a student q from a teacher p.
 
-
-def generalized_jsd(student_logprobs: Tensor, teacher_logprobs: Tensor, *, weight: float) -> Tensor:
-    """weight KL(p || m) + (1 - weight) KL(q || m), with the mixture m = weight p + (1 - weight) q, 0 < weight < 1.
-
-    GKD, arXiv 2306.13649, eq. 1. The mixture is of probabilities, not of log-probabilities. At the ends the value
-    tends to zero; TRL calls the two KL divergences weight 0 and 1 instead: use `forward_kl` and `reverse_kl` here.
+    Attributes:
+        term: of log q and log p; differentiable in log q; sums to a value that is 0 where q = p and positive elsewhere.
+        advantage: of log q and log p of a sampled token, in the gauge where it is 0 if both agree.
+        constant: what that gauge leaves out: -(1/q) d term / d log q = advantage + constant.
+        of_ratio: whether it is an f-divergence: the advantage depends on log p - log q alone.
     """
-    mixture = torch.logaddexp(teacher_logprobs + math.log(weight), student_logprobs + math.log1p(-weight))
-    return weight * forward_kl(mixture, teacher_logprobs) + (1 - weight) * reverse_kl(student_logprobs, mixture)
+
+    term: Elementwise
+    advantage: Elementwise
+    constant: float = 0.0
+    of_ratio: bool = False
+
+    def value(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+        """D at each position: `[..., outcomes] -> [...]`."""
+        return self.term(student_logprobs, teacher_logprobs).sum(-1)
+
+    def generator(self, log_ratio: Tensor) -> Tensor:
+        """f(u) of an f-divergence D = sum_v q f(p/q), from log u."""
+        return self.term(torch.zeros_like(log_ratio), log_ratio)
 
 
-def power_bregman(student_logprobs: Tensor, teacher_logprobs: Tensor, *, alpha: float) -> Tensor:
-    """Exact PowerOPD: sum_v [q^(1+a)/(1+a) - q p^a + a p^(1+a)/(1+a)], with a = alpha.
+def attach_gradient(term: Tensor, student_logprobs: Tensor, advantage: Tensor) -> Tensor:
+    """`term` with the gradient that belongs to `advantage`, -q A d log q, whatever made the term."""
+    slope = -(student_logprobs.exp() * advantage).detach()
+    return term.detach() + slope * (student_logprobs - student_logprobs.detach())
 
-    The Bregman divergence B_phi(q || p) of phi(x) = x^(1+a)/(1+a), a times the density power divergence of index a.
-    Its gradient is minus the expectation of PowerOPD's sampled update, `-E_q[(p^a - q^a) grad log q]`; a = 1 is half
-    the squared distance. Derived from the reward of arXiv 2606.17199.
+
+@lru_cache(maxsize=4)
+def quadrature(nodes: int) -> tuple[tuple[float, float], ...]:
+    """Gauss-Legendre nodes and weights on [0, 1], by the eigenvalues of the Jacobi matrix (Golub and Welsch, 1969)."""
+    orders = torch.arange(1, nodes, dtype=torch.float64)
+    off_diagonal = orders / torch.sqrt(4 * orders**2 - 1)
+    places, vectors = torch.linalg.eigh(torch.diag(off_diagonal, 1) + torch.diag(off_diagonal, -1))
+    return tuple(zip(((places + 1) / 2).tolist(), vectors[0].square().tolist(), strict=True))
+
+
+def coarsen(student_logprobs: Tensor, top_ids: Tensor, top_logprobs: Tensor, *, tail: str) -> tuple[Tensor, Tensor]:
+    """Both distributions on the k outcomes that the teacher gave, and what is done about the rest.
+
+    Args:
+        student_logprobs: [..., V].
+        top_ids, top_logprobs: [..., k], the teacher's outcomes and log p of them.
+        tail: `bucket` adds one outcome that holds the rest; `renormalize` makes the k outcomes sum to one under each
+            model, which leaves the student's mass on them unconstrained; `keep` leaves them as they are.
+
+    Returns:
+        log q and log p, [..., k + 1] for `bucket`, else [..., k].
     """
-    q, p = student_logprobs.exp(), teacher_logprobs.exp()
-    p_power = torch.exp(alpha * teacher_logprobs)
-    return (q * (torch.exp(alpha * student_logprobs) / (1 + alpha) - p_power) + alpha / (1 + alpha) * p * p_power).sum(
-        -1
-    )
+    student = student_logprobs.gather(-1, top_ids)
+    if tail == "bucket":
+        return _with_rest(student), _with_rest(top_logprobs)
+    if tail == "renormalize":
+        return torch.log_softmax(student, dim=-1), torch.log_softmax(top_logprobs, dim=-1)
+    return student, top_logprobs
+
+
+def _with_rest(logprobs: Tensor) -> Tensor:
+    """`logprobs` and, as a last outcome, what they leave of one; never below rounding, so that ratios stay finite."""
+    held = logprobs.exp().sum(-1, keepdim=True)
+    rest = torch.log1p(-held.clamp(max=1 - 4 * torch.finfo(logprobs.dtype).eps))
+    return torch.cat([logprobs, rest], dim=-1)

@@ -1,282 +1,282 @@
-"""The table of objectives: one row each. Adding an objective is one function and one row here."""
+"""The table of objectives: one row each. Adding an objective is one row here, or one in a file of the user's own."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from difflib import get_close_matches
-from typing import Any, Literal
+from poweropd.objectives import bregman, csiszar, published
+from poweropd.objectives.objective import Estimator, Row
+from poweropd.objectives.settings import Choice, Number
 
-from torch import Tensor
-
-from poweropd.objectives import divergences, rewards, shaping
-from poweropd.objectives.shaping import RewardStatistics
-
-Needs = Literal["nothing", "sampled", "full"]  # what an objective asks of the teacher
 PAPER = "PowerOPD, arXiv 2606.17199"
+PLUS = "OPD+, arXiv 2606.01039"
+PREFIXES = "prefixes held fixed"
 
-
-@dataclass(frozen=True)
-class Setting:
-    """A number that an objective takes; `low` and `high` are exclusive bounds."""
-
-    default: float
-    help: str
-    low: float = float("-inf")
-    high: float = float("inf")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One objective, as documented and as computed: either `reward` (and `shaping`) or `divergence`."""
-
-    summary: str
-    equation: str
-    gradient_of: str
-    reference: str
-    reward: Callable[..., Tensor] | None = None
-    shaping: Callable[[Tensor, RewardStatistics], Tensor] | None = None
-    divergence: Callable[..., Tensor] | None = None
-    settings: Mapping[str, Setting] = field(default_factory=dict)
-    on_golden_answers: bool = False
-
-    @property
-    def needs(self) -> Needs:
-        """What the teacher must give: `sampled` (log p of the sampled token), `full` (its distribution) or `nothing`."""
-        if self.on_golden_answers:
-            return "nothing"
-        return "full" if self.divergence else "sampled"
-
-
-_ALPHA = {"alpha": Setting(5.0, "exponent; the paper tries 0.1 to 500", low=0.0)}
+_ALPHA = {"alpha": Number(5.0, "exponent; the paper tries 0.1 to 500", low=0.0)}
+_EXACT: tuple[Estimator, ...] = ("full", "top_k", "sampled")
+_SAMPLED: tuple[Estimator, ...] = ("sampled", "top_k", "full")
 
 OBJECTIVES: dict[str, Row] = {
     "power": Row(
         "PowerOPD: bounded difference of powers",
         "r = p^alpha - q^alpha",
-        "-B_phi(q || p), phi(x) = x^(1+alpha)/(1+alpha), prefixes held fixed",
+        f"-B_phi(q || p), phi(x) = x^(1+alpha)/(1+alpha), {PREFIXES}",
         PAPER,
-        reward=rewards.power,
-        settings=_ALPHA,
+        bregman.power,
+        _SAMPLED,
+        _ALPHA,
     ),
     "box_cox": Row(
         "PowerOPD with the 1/alpha of the Box-Cox transform kept",
         "r = (p^alpha - q^alpha) / alpha",
-        "-B_phi(q || p) / alpha; tends to -KL(q || p) as alpha -> 0",
+        f"-B_phi(q || p) / alpha, {PREFIXES}; tends to -KL(q || p) as alpha -> 0",
         PAPER,
-        reward=rewards.box_cox,
-        settings=_ALPHA,
+        bregman.box_cox,
+        _SAMPLED,
+        _ALPHA,
+    ),
+    "exact_power": Row(
+        "PowerOPD's expected update, exact over the vocabulary: power with estimator full",
+        "D = sum_v [q^(1+a)/(1+a) - q p^a + a p^(1+a)/(1+a)], a = alpha",
+        f"-B_phi(q || p), phi(x) = x^(1+a)/(1+a), {PREFIXES}",
+        f"derived from {PAPER}",
+        bregman.power,
+        _EXACT,
+        _ALPHA,
     ),
     "log_ratio": Row(
-        "vanilla on-policy distillation",
+        "vanilla on-policy distillation: reverse_kl with estimator sampled",
         "r = log p - log q",
-        "-KL(q || p), prefixes held fixed",
+        f"-KL(q || p), {PREFIXES}",
         f"{PAPER} (Vanilla); Thinking Machines, On-Policy Distillation",
-        reward=rewards.log_ratio,
+        csiszar.reverse_kl,
+        _SAMPLED,
     ),
     "clip": Row(
         "log-ratio, clipped",
         "r = clip(log p - log q, low, high)",
-        "-D_f(p || q) with f(u) = u int_1^u clip(log s, low, high) / s^2 ds",
+        "-sum_v [p (1 - exp(-c)) - c q], c = clip(log p - log q, low, high): an f-divergence with its minimum at q = p",
         PAPER,
-        reward=rewards.clip,
-        settings={
-            "low": Setting(-1.0, "smallest reward; the paper's -1, the authors' code -5", high=0.0),
-            "high": Setting(1.0, "largest reward; the paper's 1, the authors' code 5", low=0.0),
+        csiszar.clip,
+        _SAMPLED,
+        {
+            "low": Number(-1.0, "smallest reward; the paper's -1, the authors' code -5", high=0.0),
+            "high": Number(1.0, "largest reward; the paper's 1, the authors' code 5", low=0.0),
         },
     ),
     "tanh": Row(
         "log-ratio, squashed",
         "r = tanh((log p - log q) / tau)",
-        "-D_f(p || q) with f(u) = u int_1^u tanh(log s / tau) / s^2 ds",
+        "-D_f(p || q), f(u) = u int_1^u tanh(log s / tau) / s^2 ds: an f-divergence with its minimum at q = p",
         PAPER,
-        reward=rewards.tanh,
-        settings={"tau": Setting(5.0, "scale in nats; not in the paper, 5 in the authors' code", low=0.0)},
+        csiszar.tanh,
+        _SAMPLED,
+        {"tau": Number(5.0, "scale in nats; not in the paper, 5 in the authors' code", low=0.0)},
     ),
     "zscore": Row(
-        "log-ratio, standardised over the whole batch",
+        "log-ratio, standardised over the whole batch: log_ratio with normalize zscore",
         "A = (r - mean r) / std r, r = log p - log q",
         "-KL(q || p) / std r under exact sampling",
         PAPER,
-        reward=rewards.log_ratio,
-        shaping=shaping.zscore,
+        csiszar.reverse_kl,
+        ("sampled",),
+        defaults={"normalize": "zscore"},
     ),
     "sign_max_abs": Row(
-        "log-ratio, each sign divided by its largest magnitude in the batch",
+        "log-ratio, each sign divided by its largest magnitude in the batch: log_ratio with normalize sign_max_abs",
         "A = r / max r where r > 0, else r / max -r, r = log p - log q",
         "no fixed objective: the two signs are scaled by different batch maxima",
         "authors' code of arXiv 2606.17199",
-        reward=rewards.log_ratio,
-        shaping=shaping.sign_max_abs,
+        csiszar.reverse_kl,
+        ("sampled",),
+        defaults={"normalize": "sign_max_abs"},
     ),
     "reverse_kl": Row(
-        "KL(student || teacher), exact over the vocabulary",
-        "D = sum_v q (log q - log p)",
-        "-KL(q || p), prefixes held fixed",
-        f"{PAPER} (Full-vocab); GKD, arXiv 2306.13649",
-        divergence=divergences.reverse_kl,
+        "KL(student || teacher)",
+        "D = sum_v q (log q - log p);  A = log u",
+        f"-KL(q || p), {PREFIXES}",
+        f"{PAPER} (Full-vocab); GKD, arXiv 2306.13649; {PLUS}",
+        csiszar.reverse_kl,
+        _EXACT,
     ),
     "forward_kl": Row(
-        "KL(teacher || student), exact over the vocabulary",
-        "D = sum_v p (log p - log q)",
-        "-KL(p || q), prefixes held fixed",
-        "GKD, arXiv 2306.13649",
-        divergence=divergences.forward_kl,
+        "KL(teacher || student)",
+        "D = sum_v p (log p - log q);  A = u - 1",
+        f"-KL(p || q), {PREFIXES}",
+        f"GKD, arXiv 2306.13649; {PLUS}",
+        csiszar.forward_kl,
+        _EXACT,
+    ),
+    "jensen_shannon": Row(
+        "Jensen-Shannon divergence: generalized_jsd with weight 1/2",
+        "D = KL(p || m)/2 + KL(q || m)/2, m = (p + q)/2;  A = log((1 + u)/2) / 2",
+        f"-JS(p, q), {PREFIXES}",
+        PLUS,
+        csiszar.jensen_shannon,
+        _EXACT,
     ),
     "generalized_jsd": Row(
-        "generalised Jensen-Shannon divergence, exact over the vocabulary",
-        "D = w KL(p || m) + (1 - w) KL(q || m), m = w p + (1 - w) q, w = weight",
-        "-D, prefixes held fixed",
+        "generalised Jensen-Shannon divergence",
+        "D = w KL(p || m) + (1 - w) KL(q || m), m = w p + (1 - w) q, w = weight;  A = (1 - w) log(w u + 1 - w)",
+        f"-D, {PREFIXES}",
         "GKD, arXiv 2306.13649, eq. 1",
-        divergence=divergences.generalized_jsd,
-        settings={"weight": Setting(0.5, "weight of the teacher in the mixture", low=0.0, high=1.0)},
+        csiszar.generalized_jsd,
+        _EXACT,
+        {"weight": Number(0.5, "weight of the teacher in the mixture", low=0.0, high=1.0)},
     ),
-    "exact_power": Row(
-        "PowerOPD's expected update, exact over the vocabulary",
-        "D = sum_v [q^(1+a)/(1+a) - q p^a + a p^(1+a)/(1+a)], a = alpha",
-        "-B_phi(q || p), phi(x) = x^(1+a)/(1+a), prefixes held fixed",
-        f"derived from {PAPER}",
-        divergence=divergences.power_bregman,
-        settings=_ALPHA,
+    "pearson_chi2": Row(
+        "Pearson chi-squared",
+        "D = sum_v (p - q)^2 / q;  A = u^2 - 1",
+        f"-D, {PREFIXES}",
+        f"derived from {PLUS}",
+        csiszar.pearson_chi2,
+        _EXACT,
+    ),
+    "neyman_chi2": Row(
+        "Neyman chi-squared",
+        "D = sum_v (p - q)^2 / p;  A = 2 - 2/u",
+        f"-D, {PREFIXES}",
+        f"derived from {PLUS}",
+        csiszar.neyman_chi2,
+        _EXACT,
+    ),
+    "squared_hellinger": Row(
+        "squared Hellinger distance",
+        "D = sum_v (sqrt p - sqrt q)^2;  A = sqrt u - 1",
+        f"-D, {PREFIXES}",
+        f"derived from {PLUS}",
+        csiszar.squared_hellinger,
+        _EXACT,
+    ),
+    "total_variation": Row(
+        "total variation distance",
+        "D = sum_v |p - q| / 2;  A = sign(u - 1) / 2",
+        f"-D, {PREFIXES}",
+        f"derived from {PLUS}",
+        csiszar.total_variation,
+        _EXACT,
+    ),
+    "jeffreys": Row(
+        "both KL divergences together",
+        "D = KL(q || p) + KL(p || q);  A = log u + u - 1",
+        f"-D, {PREFIXES}",
+        f"derived from {PLUS}",
+        csiszar.jeffreys,
+        _EXACT,
+    ),
+    "cressie_read": Row(
+        "Cressie-Read family: the Box-Cox transform of the ratio",
+        "D = sum_v q f(u), f(u) = (u^a - 1)/(a (a - 1)) - (u - 1)/(a - 1), a = alpha;  A = (u^a - 1)/a",
+        f"-D, {PREFIXES}",
+        f"derived from {PLUS}",
+        csiszar.cressie_read,
+        _EXACT,
+        {
+            "alpha": Number(
+                0.5,
+                "exponent of the ratio; alpha -> 0 is reverse_kl, alpha -> 1 is forward_kl",
+                excluded=(0.0, 1.0),
+            )
+        },
+    ),
+    "vopd": Row(
+        "log-ratio less its exact expectation: log_ratio with baseline exact",
+        "A = r - E_q[r] = r + KL(q || p), r = log p - log q",
+        f"-KL(q || p), {PREFIXES}",
+        "vOPD, arXiv 2605.07865",
+        csiszar.reverse_kl,
+        ("sampled",),
+        defaults={"baseline": "exact"},
+    ),
+    "reopold": Row(
+        "log-ratio with a floor; tokens below it are dropped early, tokens of low student entropy later",
+        "A = max(log p - log q, log(mixing)/(1 - mixing)) on the tokens kept, a mean over them",
+        "no fixed objective: which tokens are kept depends on the student",
+        "REOPOLD, arXiv 2603.11137",
+        lambda mixing, **_: csiszar.clip(low=published.reopold_floor(mixing), high=float("inf")),
+        ("sampled",),
+        {
+            "mixing": Number(0.3, "decides the floor; the paper's 0.3 makes it -1.72 nats", low=0.0, high=1.0),
+            "switch": Number(1 / 3, "share of the training after which tokens are kept by entropy", 0.0, 1.0, "both"),
+            "share": Number(0.2, "share of tokens kept then; the paper's 0.2, 0.4 for agents", low=0.0, high=1.0),
+        },
+        select=published.reopold_selection,
+    ),
+    "eopd": Row(
+        "log-ratio, and the forward KL where the teacher is uncertain",
+        "A = log p - log q;  D = coefficient 1[H(p) >= threshold] KL(p on its top k, renormalised || q)",
+        f"-[KL(q || p) + D], {PREFIXES}",
+        "Entropy-Aware OPD, arXiv 2603.07079, and a third-party copy of its code",
+        lambda **_: csiszar.reverse_kl(),
+        ("sampled", "full"),
+        {
+            "threshold": Number(0.8, "teacher entropy in nats from which it is uncertain", low=0.0, closed="low"),
+            "coefficient": Number(1.0, "of the forward KL", low=0.0),
+            "k": Number(16, "teacher tokens of the forward KL", low=1, closed="low", integer=True),
+            "tail": Choice(
+                "renormalize", "of the top k: as published, or one outcome for the rest", ("renormalize", "bucket")
+            ),
+        },
+        fixed_point="the teacher on its top k where it is uncertain; the teacher with tail bucket",
+        extra=published.uncertain_forward_kl,
+    ),
+    "aopd": Row(
+        "log-ratio where the teacher prefers the token, a forward KL over its top k elsewhere",
+        "A = [p - q > threshold] (log p - log q);  D = [p - q <= threshold] (1/k) sum_topk p (log p - log q)",
+        "no fixed objective: the sampled token decides which of two gradients a position gets",
+        "Asymmetric OPD, arXiv 2605.06387",
+        lambda **_: csiszar.reverse_kl(),
+        ("sampled",),
+        {
+            "threshold": Number(0.0, "p - q up to which the forward KL is used; -1 is vanilla OPD", -1.0, 1.0, "both"),
+            "k": Number(32, "teacher tokens of the forward KL", low=1, closed="low", integer=True),
+        },
+        fixed_point="the teacher, but for a pull of (1/k) of the tail's mass towards its top k",
+        gate=published.ungated_reward,
+        extra=published.gated_forward_kl,
+    ),
+    "tip": Row(
+        "reverse KL on the tokens where the student is uncertain or far from the teacher",
+        "D = KL(q || p) on the `share` of each rollout with the largest h + d - h d; h, d: entropy and D, min-max scaled",
+        f"-KL(q || p) on the tokens kept, {PREFIXES}",
+        "TIP, arXiv 2604.14084",
+        lambda **_: csiszar.reverse_kl(),
+        ("full",),
+        {"share": Number(0.5, "share of each rollout's tokens kept; the paper's 0.5 and 0.2", low=0.0, high=1.0)},
+        select=published.important_tokens,
+    ),
+    "local_support": Row(
+        "reverse KL on the teacher's top k, both models renormalised: reverse_kl, estimator top_k, tail renormalize",
+        "D = KL(q on S || p on S), S = top k of p, each summing to one on S",
+        f"-D, {PREFIXES}; the student's mass on S is free",
+        "Revisiting OPD, arXiv 2603.25562",
+        csiszar.reverse_kl,
+        ("top_k",),
+        defaults={"tail": "renormalize"},
+        fixed_point="any student proportional to the teacher on its top k",
+    ),
+    "veto": Row(
+        "forward KL to a target between teacher and student",
+        "D = KL(Q || q), Q ~ p q^b with q detached, b = beta (1 - progress)",
+        f"-KL(Q || q) with Q held fixed, {PREFIXES}",
+        "Veto, arXiv 2601.07155, from secondary notes",
+        lambda **_: csiszar.forward_kl(),
+        ("full",),
+        {"beta": Number(0.8, "the student's share at the start, falling to 0 at the end", 0.0, 1.0, "low")},
+        fixed_point="p^(1/(1-b)) normalised: sharper than the teacher until b reaches 0",
+        target=published.vetoed_target,
+    ),
+    "stable_opd": Row(
+        "log-ratio, held by a KL to the initial student and by golden answers",
+        "r = log p - log q; plus reference_kl KL(q || reference), plus golden x cross-entropy of golden answers",
+        f"-KL(q || p), {PREFIXES}",
+        "StableOPD, arXiv 2604.08527, from secondary notes; both coefficients are a third party's",
+        csiszar.reverse_kl,
+        _SAMPLED,
+        defaults={"reference_kl": 0.01, "golden": 0.1},
     ),
     "sft": Row(
         "supervised fine-tuning on the data's golden answers: the control without a teacher",
         "A = 1 on the tokens of the golden answer",
         "the log-likelihood of the golden answers",
         "cross-entropy",
-        reward=rewards.one,
         on_golden_answers=True,
+        fixed_point="the golden answers",
     ),
 }
-
-
-@dataclass(frozen=True)
-class Objective:
-    """A row of the table with its settings filled in. Made by `build`."""
-
-    name: str
-    settings: Mapping[str, float]
-
-    def __str__(self) -> str:
-        """`power alpha=5`."""
-        return " ".join([self.name, *(f"{key}={value:g}" for key, value in self.settings.items())])
-
-    @property
-    def row(self) -> Row:
-        return OBJECTIVES[self.name]
-
-    @property
-    def needs(self) -> Needs:
-        return self.row.needs
-
-    @property
-    def gradient_of(self) -> str:
-        return self.row.gradient_of
-
-    @property
-    def reference(self) -> str:
-        return self.row.reference
-
-    @property
-    def needs_batch_statistics(self) -> bool:
-        """Whether the advantage of one token depends on the rewards of the whole batch."""
-        return self.row.shaping is not None
-
-    def reward(self, student_logprobs: Tensor, teacher_logprobs: Tensor | None) -> Tensor:
-        """The reward of each sampled token, before shaping; any shape, nats in. Detached.
-
-        Raises:
-            ValueError: the objective is a divergence over the vocabulary.
-        """
-        if self.row.reward is None:
-            raise ValueError(
-                f"objective {self.name} has no sampled form: it is exact over the vocabulary. "
-                f"Sampled objectives: {', '.join(name for name, row in OBJECTIVES.items() if row.reward)}"
-            )
-        return self.row.reward(student_logprobs, teacher_logprobs, **self.settings).detach()
-
-    def sampled(
-        self, student_logprobs: Tensor, teacher_logprobs: Tensor | None, statistics: RewardStatistics | None = None
-    ) -> Tensor:
-        """The advantage of each sampled token: the reward, shaped.
-
-        Args:
-            student_logprobs, teacher_logprobs: log q and log p of the sampled tokens, one shape.
-            statistics: of the rewards of the whole optimizer step; by default of the tokens given.
-
-        Raises:
-            ValueError: the objective is a divergence over the vocabulary.
-        """
-        reward = self.reward(student_logprobs, teacher_logprobs)
-        if self.row.shaping is None:
-            return reward
-        return self.row.shaping(reward, statistics or RewardStatistics.of(reward))
-
-    def full(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
-        """The divergence at each position, `[..., vocabulary] -> [...]`; differentiable in the student.
-
-        Raises:
-            ValueError: the objective is a sampled reward.
-        """
-        if self.row.divergence is None:
-            raise ValueError(
-                f"objective {self.name} has no full-vocabulary form: it rewards sampled tokens. "
-                f"Full-vocabulary objectives: {', '.join(name for name, row in OBJECTIVES.items() if row.divergence)}"
-            )
-        return self.row.divergence(student_logprobs, teacher_logprobs.detach(), **self.settings)
-
-
-def build(name: str, **settings: Any) -> Objective:
-    """The objective of that name, unnamed settings at their defaults.
-
-    Raises:
-        ValueError: unknown name, unknown setting, or a value outside its range; all problems in one message.
-    """
-    if name not in OBJECTIVES:
-        raise ValueError(f"objective.name: unknown objective {name!r}{_nearest(name, OBJECTIVES)}")
-    known = OBJECTIVES[name].settings
-    problems = [
-        f"objective.{key}: {name} has no such setting{_nearest(key, known)}" for key in settings if key not in known
-    ]
-    problems += [
-        f"objective.{key}: {settings[key]!r} is outside ({setting.low:g}, {setting.high:g}); {setting.help}"
-        for key, setting in known.items()
-        if key in settings and not _within(settings[key], setting)
-    ]
-    if problems:
-        raise ValueError("\n".join(problems))
-    return Objective(name, {key: float(settings.get(key, setting.default)) for key, setting in known.items()})
-
-
-def _within(value: Any, setting: Setting) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and setting.low < value < setting.high
-
-
-def _nearest(name: str, known: Mapping[str, Any]) -> str:
-    match = get_close_matches(name, known, n=1)
-    return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(known) or 'none'}"
-
-
-def as_markdown() -> str:
-    """The table as a page: docs/objectives.md is this text."""
-    lines = [
-        "# Objectives",
-        "",
-        "Generated by `poweropd objectives --markdown`; do not edit.",
-        "",
-        "q is the student's and p the teacher's probability, under the full softmax at temperature 1. Rewards and",
-        "advantages are detached. Rollouts are drawn from the student; the distribution over prefixes is held fixed, so",
-        "each gradient is that of the quantity named, at the prefixes the student visits. A sampled objective needs the",
-        "teacher's log-probability of one token, a full one its distribution over the vocabulary.",
-        "",
-    ]
-    for name, row in OBJECTIVES.items():
-        lines += [f"## {name}", "", f"{row.summary[0].upper()}{row.summary[1:]}.", "", f"    {row.equation}", ""]
-        lines += [
-            f"* needs of the teacher: {row.needs}",
-            f"* its expected update follows the gradient of: {row.gradient_of}",
-        ]
-        lines += [
-            f"* `objective.{key}`, default {setting.default:g}, within ({setting.low:g}, {setting.high:g}): {setting.help}"
-            for key, setting in row.settings.items()
-        ]
-        lines += [f"* source: {row.reference}", ""]
-    return "\n".join(lines)

@@ -39,8 +39,8 @@ class RunData:
     def objective(self) -> str:
         """The objective with its settings: `power alpha=5`."""
         section = self.recipe["objective"]
-        settings = [f"{key}={value:g}" for key, value in section.items() if key not in ("name", "end_token")]
-        return " ".join([section["name"], *settings])
+        settings = {key: value for key, value in section.items() if key not in ("name", "end_token") and value != []}
+        return " ".join([section["name"], *(f"{key}={_short(value)}" for key, value in settings.items())])
 
     @property
     def signal(self) -> str:
@@ -77,6 +77,10 @@ class Figure:
     caption: str = ""
     log_x: bool = False
     log_y: bool = False
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def read_run(path: Path, name: str | None = None) -> RunData:

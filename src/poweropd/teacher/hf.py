@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 from poweropd.batching import collate, group_by_tokens
 from poweropd.models import hidden_states, lm_head
 from poweropd.objectives import Needs
-from poweropd.objectives.fused import LMHead, token_scores
+from poweropd.objectives.fused import token_scores
+from poweropd.objectives.lm_head import Distribution
 from poweropd.types import Rollout, ScoredRollout, TeacherScores
 
 
@@ -21,34 +22,33 @@ class HFTeacher:
         tokens_per_batch: padded tokens of one forward pass.
     """
 
-    provides: frozenset[Needs] = frozenset({"nothing", "sampled", "full"})
+    provides: frozenset[Needs] = frozenset({"nothing", "sampled", "top_k", "full"})
 
     def __init__(
         self, model: PreTrainedModel, *, vocab_size: int, end_ids: tuple[int, ...] = (), tokens_per_batch: int = 16384
     ) -> None:
         self._model = model.requires_grad_(False)
         self._tokens_per_batch = tokens_per_batch
-        self._own_head = lm_head(model, vocab_size=vocab_size, end_ids=end_ids)
-        self.head: LMHead | None = self._own_head
+        self._head = lm_head(model, vocab_size=vocab_size, end_ids=end_ids)
 
     @torch.no_grad()
-    def score(self, rollouts: Sequence[Rollout], *, needs: Needs) -> list[TeacherScores]:
+    def score(self, rollouts: Sequence[Rollout], *, needs: Needs, k: int = 0) -> list[TeacherScores]:
         if needs == "nothing":
             return [TeacherScores()] * len(rollouts)
         scores: dict[int, TeacherScores] = {}
         for group in group_by_tokens(rollouts, self._tokens_per_batch):
-            scores |= zip(group, self._score_group([rollouts[index] for index in group], needs), strict=True)
+            scores |= zip(group, self._score_group([rollouts[index] for index in group], needs, k), strict=True)
         return [scores[index] for index in range(len(rollouts))]
 
-    def _score_group(self, rollouts: list[Rollout], needs: Needs) -> list[TeacherScores]:
+    def _score_group(self, rollouts: list[Rollout], needs: Needs, k: int) -> list[TeacherScores]:
         batch = collate([ScoredRollout(rollout) for rollout in rollouts], pad_id=0).to(self._model.device)
         every_hidden = hidden_states(self._model, batch.input_ids, batch.attention_mask)
         hidden = batch.loss_positions(every_hidden)
         lengths = [len(rollout) for rollout in rollouts]
         if needs == "full":
-            return [TeacherScores(hidden=rows) for rows in hidden.split(lengths)]
-        scores = token_scores(hidden, self._own_head, batch.loss_positions(batch.target_ids))
-        return [
-            TeacherScores(logprobs=logprobs.cpu(), entropies=entropies.cpu())
-            for logprobs, entropies in zip(scores.logprobs.split(lengths), scores.entropies.split(lengths), strict=True)
-        ]
+            return [TeacherScores(distribution=Distribution((rows,), (self._head,))) for rows in hidden.split(lengths)]
+        scores = token_scores(hidden, self._head, batch.inputs.target_ids, k=k if needs == "top_k" else 0)
+        columns = zip(*(column.cpu().split(lengths) for column in scores), strict=True)
+        if needs == "top_k":
+            return [TeacherScores(*column) for column in columns]
+        return [TeacherScores(logprobs, entropies) for logprobs, entropies, *_ in columns]

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from poweropd.objectives import Needs
-from poweropd.objectives.fused import LMHead
-from poweropd.types import Rollout, TeacherScores
+from poweropd.objectives import Needs, Objective
+from poweropd.types import Rollout, ScoredRollout, TeacherScores
 
 
 class TeacherScorer(Protocol):
@@ -13,15 +12,25 @@ class TeacherScorer(Protocol):
 
     Attributes:
         provides: the `needs` of objectives that this teacher can serve.
-        head: its LM head, for objectives that need its full distribution; None if it cannot give one.
     """
 
     provides: frozenset[Needs]
-    head: LMHead | None
 
-    def score(self, rollouts: Sequence[Rollout], *, needs: Needs) -> list[TeacherScores]:
-        """Scores of every rollout, in order: log-probabilities and entropies for `sampled`, hidden states for `full`.
+    def score(self, rollouts: Sequence[Rollout], *, needs: Needs, k: int = 0) -> list[TeacherScores]:
+        """Scores of every rollout, in order, full-softmax at temperature 1.
 
-        Log-probabilities are full-softmax at temperature 1, fp32, one for every response token.
+        `sampled` gives log-probabilities of every response token and entropies, fp32; `top_k` also the k likeliest
+        tokens; `full` the whole distributions instead; `nothing` asks for nothing.
         """
         ...
+
+
+def judge(
+    rollouts: Sequence[Rollout], objective: Objective, teacher: TeacherScorer, reference: TeacherScorer | None = None
+) -> list[ScoredRollout]:
+    """Rollouts with all that an objective needs of the teacher and of the frozen initial student."""
+    scores = teacher.score(rollouts, needs=objective.needs, k=objective.k)
+    if reference is None:
+        return [ScoredRollout(*pair) for pair in zip(rollouts, scores, strict=True)]
+    references = reference.score(rollouts, needs=objective.needs_of_reference)
+    return [ScoredRollout(*three) for three in zip(rollouts, scores, references, strict=True)]

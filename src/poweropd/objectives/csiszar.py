@@ -1,0 +1,207 @@
+"""f-divergences, D_f(p || q) = sum_v q f(p/q): what depends on the ratio of teacher p to student q alone.
+
+Their advantage is that of OPD+, `w(u) = u f'(u) - f(u)` with u = p/q, here less its value at u = 1: in that gauge equal
+models push nothing, whatever the sampler leaves out (arXiv 2606.01039; the rows beyond its three are derived from the
+same formula). Each function returns a `Divergence`; r is log u.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from poweropd.objectives.divergences import Divergence, attach_gradient, quadrature
+
+
+def reverse_kl() -> Divergence:
+    """KL(q || p): f(u) = -log u. Its advantage log u is vanilla on-policy distillation."""
+    return Divergence(
+        term=lambda logq, logp: logq.exp() * (logq - logp),
+        advantage=lambda logq, logp: logp - logq,
+        constant=-1.0,
+        of_ratio=True,
+    )
+
+
+def forward_kl() -> Divergence:
+    """KL(p || q): f(u) = u log u."""
+    return Divergence(
+        term=lambda logq, logp: logp.exp() * (logp - logq),
+        advantage=lambda logq, logp: torch.expm1(logp - logq),
+        constant=1.0,
+        of_ratio=True,
+    )
+
+
+def generalized_jsd(*, weight: float) -> Divergence:
+    """weight KL(p || m) + (1 - weight) KL(q || m), with the mixture m = weight p + (1 - weight) q, 0 < weight < 1.
+
+    GKD, arXiv 2306.13649, eq. 1. The mixture is of probabilities, not of log-probabilities. At the ends the value
+    tends to zero; TRL calls the two KL divergences weight 0 and 1 instead: use `forward_kl` and `reverse_kl` here.
+    """
+    log_weight, log_rest = math.log(weight), math.log1p(-weight)
+
+    def term(logq: Tensor, logp: Tensor) -> Tensor:
+        mixture = torch.logaddexp(logp + log_weight, logq + log_rest)
+        return weight * logp.exp() * (logp - mixture) + (1 - weight) * logq.exp() * (logq - mixture)
+
+    def advantage(logq: Tensor, logp: Tensor) -> Tensor:
+        r = logp - logq
+        return (1 - weight) * torch.logaddexp(r + log_weight, torch.full_like(r, log_rest))
+
+    return Divergence(term, advantage, of_ratio=True)
+
+
+def jensen_shannon() -> Divergence:
+    """Half of KL(p || m) plus half of KL(q || m), m = (p + q) / 2."""
+    return generalized_jsd(weight=0.5)
+
+
+def pearson_chi2() -> Divergence:
+    """sum (p - q)^2 / q: f(u) = (u - 1)^2."""
+    return Divergence(
+        term=lambda logq, logp: (2 * logp - logq).exp() - 2 * logp.exp() + logq.exp(),
+        advantage=lambda logq, logp: torch.expm1(2 * (logp - logq)),
+        of_ratio=True,
+    )
+
+
+def neyman_chi2() -> Divergence:
+    """sum (p - q)^2 / p: f(u) = (u - 1)^2 / u."""
+    return Divergence(
+        term=lambda logq, logp: (2 * logq - logp).exp() - 2 * logq.exp() + logp.exp(),
+        advantage=lambda logq, logp: -2 * torch.expm1(logq - logp),
+        of_ratio=True,
+    )
+
+
+def squared_hellinger() -> Divergence:
+    """sum (sqrt p - sqrt q)^2: f(u) = (sqrt u - 1)^2."""
+    return Divergence(
+        term=lambda logq, logp: ((logp / 2).exp() - (logq / 2).exp()).square(),
+        advantage=lambda logq, logp: torch.expm1((logp - logq) / 2),
+        of_ratio=True,
+    )
+
+
+def total_variation() -> Divergence:
+    """Half of sum |p - q|: f(u) = |u - 1| / 2."""
+    return Divergence(
+        term=lambda logq, logp: (logp.exp() - logq.exp()).abs() / 2,
+        advantage=lambda logq, logp: (logp - logq).sign() / 2,
+        of_ratio=True,
+    )
+
+
+def jeffreys() -> Divergence:
+    """KL(q || p) + KL(p || q): f(u) = (u - 1) log u."""
+    return Divergence(
+        term=lambda logq, logp: (logp.exp() - logq.exp()) * (logp - logq),
+        advantage=lambda logq, logp: (logp - logq) + torch.expm1(logp - logq),
+        of_ratio=True,
+    )
+
+
+def cressie_read(*, alpha: float) -> Divergence:
+    """f(u) = (u^a - 1) / (a (a - 1)) - (u - 1) / (a - 1): the advantage is the Box-Cox transform of the ratio.
+
+    alpha -> 0 gives the reverse, alpha -> 1 the forward KL; 1/2 four squared Hellinger distances halved, -1 half of
+    Neyman's and 2 half of Pearson's chi-squared.
+    """
+
+    def term(logq: Tensor, logp: Tensor) -> Tensor:
+        q, p = logq.exp(), logp.exp()
+        return ((alpha * logp + (1 - alpha) * logq).exp() - q) / (alpha * (alpha - 1)) - (p - q) / (alpha - 1)
+
+    return Divergence(term, lambda logq, logp: torch.expm1(alpha * (logp - logq)) / alpha, of_ratio=True)
+
+
+def limited(divergence: Divergence, *, low: float, high: float) -> Divergence:
+    """What the advantage of another f-divergence minimises once its log-ratio is clamped to [low, high], low < 0 < high.
+
+    Inside the bounds nothing changes (up to p - q, which sums to nothing); beyond, with c the bound, a(c) the advantage
+    there and f the generator with f'(1) = 0, it is sum_v p e^-c f(e^c) + a(c) (p e^-c - q).
+    """
+
+    def clamped(logq: Tensor, logp: Tensor) -> Tensor:
+        return divergence.advantage(*_at_ratio((logp - logq).clamp(low, high)))
+
+    def term(logq: Tensor, logp: Tensor) -> Tensor:
+        with torch.no_grad():
+            c = (logp - logq).clamp(low, high)
+            scaled = (logp - c).exp()
+            generator = divergence.generator(c) - divergence.constant * torch.expm1(c)
+            value = scaled * generator + divergence.advantage(*_at_ratio(c)) * (scaled - logq.exp())
+        return attach_gradient(value, logq, clamped(logq, logp))
+
+    return replace(divergence, term=term, advantage=clamped)
+
+
+def _at_ratio(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """log q and log p with that log-ratio."""
+    return torch.zeros_like(log_ratio), log_ratio
+
+
+def clip(*, low: float, high: float) -> Divergence:
+    """What the clipped log-ratio `clip(r, low, high)` minimises: sum_v p (1 - e^-c) - c q, c = clip(r, low, high).
+
+    arXiv 2606.17199, footnote 3, has the reward: low = -1, high = 1 by grid search.
+    """
+    return limited(reverse_kl(), low=low, high=high)
+
+
+def tanh(*, tau: float) -> Divergence:
+    """What `tanh(r / tau)` minimises. arXiv 2606.17199; tau is not in the paper, the authors' code has 5."""
+    return divergence_of(lambda r: torch.tanh(r / tau))
+
+
+def divergence_of(advantage: Callable[[Tensor], Tensor], *, nodes: int = 48) -> Divergence:
+    """The f-divergence that a detached advantage a(r) of the log-ratio r minimises, for any non-decreasing a, a(0) = 0.
+
+    f(u) = u int_1^u a(log s) / s^2 ds is convex with f(1) = 0, and u f' - f = a. Its value is taken by quadrature, with
+    r = log u as q f(p/q) = r int_0^1 a(r t) exp(log p - r t) dt; its gradient is exact.
+
+    Args:
+        advantage: elementwise, of r in nats.
+        nodes: of the quadrature; smooth advantages need few, kinks many.
+    """
+
+    def term(logq: Tensor, logp: Tensor) -> Tensor:
+        r = logp - logq
+        with torch.no_grad():
+            value = torch.zeros_like(r)
+            for place, weight in quadrature(nodes):
+                value += weight * advantage(r * place) * (logp - r * place).exp()
+            value *= r
+        return attach_gradient(value, logq, advantage(r))
+
+    return Divergence(term, lambda logq, logp: advantage(logp - logq), of_ratio=True)
+
+
+def from_generator(f: Callable[[Tensor], Tensor]) -> Divergence:
+    """The f-divergence of a convex f(u), f(1) = 0, given as a differentiable function of u = p/q, elementwise.
+
+    Beyond exp(40) and exp(-40) u counts as these.
+    """
+
+    def slope(u: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            value = f(u)
+            (derivative,) = torch.autograd.grad(value.sum(), u)
+        return value.detach(), derivative
+
+    def advantage(logq: Tensor, logp: Tensor) -> Tensor:
+        u = (logp - logq).clamp(-40, 40).exp()
+        value, derivative = slope(u)
+        return u * derivative - value - constant
+
+    constant = float(slope(torch.ones((), dtype=torch.float64))[1])  # f(1) = 0, so w(1) = f'(1)
+
+    def term(logq: Tensor, logp: Tensor) -> Tensor:
+        value = logq.exp() * f((logp - logq).clamp(-40, 40).exp())
+        return attach_gradient(value, logq, advantage(logq, logp) + constant)
+
+    return Divergence(term, advantage, constant=constant, of_ratio=True)

@@ -1,0 +1,194 @@
+"""An LM head, and hidden states through it, a few rows at a time.
+
+No tensor of [tokens, vocabulary] exists at any moment. Logits live for one tile of rows; a tile is as large as its
+matrix products like it, and everything elementwise, in fp32, happens on blocks of its rows that fit a cache. This is
+the only place where logits are upcast.
+
+Shapes: N tokens, H hidden size, V rows of the head, C rows of a tile, B rows of a block.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Elements of a tile and of a block. Chosen by benchmarks/memory.py on a CPU; the GPU's are not yet measured.
+TILE_ELEMENTS = {"cpu": 20_000_000, "cuda": 128_000_000}
+BLOCK_ELEMENTS = {"cpu": 1_000_000, "cuda": 64_000_000}
+NEVER = -1e9  # the logit of a token that cannot be emitted; finite, so that 0 * (log q - log p) stays 0
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """The map from the last hidden state to logits.
+
+    Attributes:
+        weight: [V, H].
+        vocab_size: tokens that exist. Rows of `weight` beyond are padding and never get probability.
+        bias: [V], if the model has one.
+        softcap: logits become `softcap * tanh(logits / softcap)`, if the model does so.
+        scale: factor on the logits.
+        end_ids: end tokens that count as one outcome, however spelt; see `poweropd.vocabulary`. Their probabilities are
+            summed, under the first id; the others never occur. Empty or a single id: nothing is merged.
+    """
+
+    weight: Tensor
+    vocab_size: int
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+    end_ids: tuple[int, ...] = ()
+
+    def canonical(self, target_ids: Tensor) -> Tensor:
+        """`target_ids` with every merged end token under the first of them."""
+        if len(self.end_ids) < 2:
+            return target_ids
+        is_end = torch.isin(target_ids, torch.tensor(self.end_ids, device=target_ids.device))
+        return torch.where(is_end, self.end_ids[0], target_ids)
+
+
+class Block(NamedTuple):
+    """Logits [B, vocab_size] of some rows, fp32, end tokens merged."""
+
+    logits: Tensor
+    ends: Tensor | None  # [B, end_ids]: the logits of the end tokens before they were merged
+
+
+def logits_of(products: Tensor, head: LMHead) -> Block:
+    """The logits that `products` [B, vocab_size] stand for, in fp32 (or wider); `products` is left as it is."""
+    logits = products.to(wide(products.dtype), copy=True)
+    if head.bias is not None:
+        logits += head.bias[: head.vocab_size]
+    if head.scale != 1.0:
+        logits *= head.scale
+    if head.softcap is not None:
+        logits.div_(head.softcap).tanh_().mul_(head.softcap)
+    if len(head.end_ids) < 2:
+        return Block(logits, None)
+    ends = logits[:, list(head.end_ids)]
+    logits[:, list(head.end_ids)] = NEVER
+    logits[:, head.end_ids[0]] = torch.logsumexp(ends, dim=1)
+    return Block(logits, ends)
+
+
+def through_logits(gradient: Tensor, block: Block, head: LMHead) -> Tensor:
+    """The gradient [B, V] with respect to `products + bias`, from that with respect to the logits; overwritten."""
+    of_ends = None
+    if block.ends is not None:
+        of_ends = gradient[:, head.end_ids[0], None] * torch.softmax(block.ends, dim=1)
+    if head.softcap is not None:
+        gradient *= 1 - (block.logits / head.softcap).square()  # the slope of the softcap, from the capped value
+        if of_ends is not None and block.ends is not None:
+            of_ends = of_ends * (1 - (block.ends / head.softcap).square())
+    if of_ends is not None:
+        gradient[:, list(head.end_ids)] = of_ends
+    if head.scale != 1.0:
+        gradient *= head.scale
+    return gradient
+
+
+class Tiles:
+    """The tiles of N tokens, and for each `hidden @ weight.T` [C, vocab_size] in the precision of the hidden states.
+
+    All tiles share one buffer: a fresh one each would live beside its predecessor and cost its page faults again.
+    """
+
+    def __init__(self, hidden: Tensor, head: LMHead) -> None:
+        self._hidden = hidden
+        self._weight = head.weight[: head.vocab_size].T
+        budget = TILE_ELEMENTS.get(hidden.device.type, TILE_ELEMENTS["cuda"])
+        self._rows = max(1, min(budget // head.vocab_size, len(hidden)))
+        self._buffer = hidden.new_empty((self._rows, head.vocab_size))
+
+    def __iter__(self) -> Iterator[slice]:
+        return slices(len(self._hidden), self._rows)
+
+    def products(self, tile: slice) -> Tensor:
+        """Valid until the next call."""
+        return torch.mm(self._hidden[tile], self._weight, out=self._buffer[: tile.stop - tile.start])
+
+
+def slices(rows: int, size: int) -> Iterator[slice]:
+    return (slice(at, min(at + size, rows)) for at in range(0, rows, size))
+
+
+def blocks(tile: slice, head: LMHead) -> Iterator[tuple[slice, slice]]:
+    """The blocks of a tile: their rows within it, and among all tokens."""
+    budget = BLOCK_ELEMENTS.get(head.weight.device.type, BLOCK_ELEMENTS["cuda"])
+    for block in slices(tile.stop - tile.start, max(1, budget // head.vocab_size)):
+        yield block, slice(tile.start + block.start, tile.start + block.stop)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of results: fp32 for half precision, else unchanged."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def softmax_of(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-normaliser [B] and probabilities [B, V].
+
+    With m the largest logit, its probability is exp(m - normaliser) >= 1/V: the normaliser comes from one number a row
+    and no second pass over the block.
+    """
+    largest, where = logits.max(dim=1)
+    probabilities = torch.softmax(logits, dim=1)
+    return largest - probabilities.gather(1, where[:, None])[:, 0].log(), probabilities
+
+
+def head_logits(hidden: Tensor, head: LMHead) -> Tensor:
+    """Logits [C, vocab_size] of a few rows `hidden` [C, H], fp32: for checks and for sampling, not for training."""
+    head = replace(head, weight=head.weight.to(hidden.dtype))
+    return logits_of(torch.mm(hidden, head.weight[: head.vocab_size].T), head).logits
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Next-token distributions of N positions as hidden states and LM heads; several models make a mixture.
+
+    Attributes:
+        hidden: for each model, its last hidden states [N, H].
+        heads: for each model; all share `vocab_size` and `end_ids`.
+        weights: shares of the mixture of probabilities, summing to 1.
+    """
+
+    hidden: tuple[Tensor, ...]
+    heads: tuple[LMHead, ...]
+    weights: tuple[float, ...] = (1.0,)
+
+    def check_fits(self, head: LMHead) -> None:
+        """Raises ValueError unless every head speaks of the same outcomes as `head`."""
+        for own in self.heads:
+            if (head.vocab_size, head.end_ids) != (own.vocab_size, own.end_ids):
+                raise ValueError(
+                    f"student and teacher heads must share vocab_size and end_ids, not {head.vocab_size}, "
+                    f"{head.end_ids} and {own.vocab_size}, {own.end_ids}"
+                )
+
+
+class LogProbs:
+    """Log-probabilities of a `Distribution`, a block of a tile at a time."""
+
+    def __init__(self, distribution: Distribution) -> None:
+        self._log_weights = [math.log(weight) for weight in distribution.weights]
+        pairs = list(zip(distribution.hidden, distribution.heads, strict=True))
+        self._heads = [replace(head, weight=head.weight.to(hidden.dtype)) for hidden, head in pairs]
+        self._tiles = [Tiles(hidden, head) for (hidden, _), head in zip(pairs, self._heads, strict=True)]
+        self._products: list[Tensor] = []
+
+    def enter(self, tile: slice) -> None:
+        """Go to the rows of a tile."""
+        self._products = [tiles.products(tile) for tiles in self._tiles]
+
+    def of(self, block: slice) -> Tensor:
+        """Log-probabilities [B, vocab_size] of a block of the tile entered, fp32."""
+        members = [
+            torch.log_softmax(logits_of(products[block], head).logits, dim=1)
+            for products, head in zip(self._products, self._heads, strict=True)
+        ]
+        if len(members) == 1:
+            return members[0]
+        shifted = [log_weight + member for log_weight, member in zip(self._log_weights, members, strict=True)]
+        return torch.stack(shifted).logsumexp(dim=0)

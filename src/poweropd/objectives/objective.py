@@ -1,0 +1,366 @@
+"""An objective: a divergence, how it is estimated, and what is done to the reward of a sampled token."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from poweropd.objectives import shaping
+from poweropd.objectives.csiszar import limited
+from poweropd.objectives.divergences import Divergence, attach_gradient, coarsen
+from poweropd.objectives.positions import Positions
+from poweropd.objectives.settings import Setting, Value
+from poweropd.objectives.shaping import StepTokens
+
+Needs = Literal["nothing", "sampled", "top_k", "full"]  # what an objective asks of a model, each more than the last
+Estimator = Literal["sampled", "top_k", "full"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One objective of the table, as documented and as computed.
+
+    Attributes:
+        summary, equation, gradient_of, reference: text; `gradient_of` says what its expected update follows the gradient of.
+        divergence: makes it; called with every setting of the row.
+        estimators: those it has; the first is the default.
+        settings: the row's own.
+        defaults: what it sets of the settings that every objective has.
+        fixed_point: where its update vanishes; `teacher` for every proper divergence.
+        gate: factor [B] on the reward of each token.
+        extra: further exact term [B] over the teacher's top k.
+        target: the distribution [..., V] that is put in the teacher's place.
+        select: which tokens [N] of a step are trained on.
+        on_golden_answers: supervised: the reward of every token is 1.
+    """
+
+    summary: str
+    equation: str
+    gradient_of: str
+    reference: str
+    divergence: Callable[..., Divergence] | None = None
+    estimators: tuple[Estimator, ...] = ()
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+    defaults: Mapping[str, Value] = field(default_factory=dict)
+    fixed_point: str = "teacher"
+    gate: Callable[[Positions, Mapping[str, Value]], Tensor] | None = None
+    extra: Callable[[Positions, Mapping[str, Value]], Tensor] | None = None
+    target: Callable[[Tensor, Tensor, Mapping[str, Value], float], Tensor] | None = None
+    select: Callable[[StepTokens, Mapping[str, Value], float], Tensor] | None = None
+    on_golden_answers: bool = False
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """What whole-step shaping makes of a step: the advantage [N] of each token, and the weight [N] of its exact part."""
+
+    advantages: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A row of the table with every setting filled in. Made by `build`.
+
+    Attributes:
+        given: names of the settings that were set, the rest being defaults.
+        progress: share of the training that is done, for what changes on the way.
+    """
+
+    name: str
+    row: Row
+    settings: Mapping[str, Value]
+    given: tuple[str, ...] = ()
+    progress: float = 0.0
+
+    def __str__(self) -> str:
+        """`power alpha=5`: the row's own settings, and others that were set."""
+        return " ".join([self.name, *(f"{key}={_short(value)}" for key, value in self.shown.items())])
+
+    @property
+    def shown(self) -> dict[str, Value]:
+        """What tells it from others of its name: the row's own settings, and others that were set."""
+        return {key: value for key, value in self.settings.items() if key in self.row.settings or key in self.given}
+
+    def at(self, progress: float, **current: float) -> Self:
+        """The objective at a moment of training, with the current values of coefficients that have a schedule."""
+        return replace(self, progress=progress, settings={**self.settings, **current})
+
+    # What it is
+
+    @property
+    def estimator(self) -> str:
+        return str(self.settings.get("estimator") or next(iter(self.row.estimators), "sampled"))
+
+    @property
+    def divergence(self) -> Divergence:
+        """Raises ValueError for supervised training, which has none."""
+        if self.row.divergence is None:
+            raise ValueError(f"objective {self.name} has no divergence: it has no teacher")
+        divergence = self.row.divergence(**{key: self.settings[key] for key in self.row.settings})
+        limit = self._number("ratio_limit") or torch.inf
+        return divergence if limit == torch.inf else limited(divergence, low=-limit, high=limit)
+
+    @property
+    def gradient_of(self) -> str:
+        """What its expected update follows the gradient of, with the settings in force."""
+        if self.settings.get("gauge") == "stop_gradient":
+            return "nothing: the stop-gradient reward -f(u) leaves out u f'(u)"
+        text = self.row.gradient_of
+        if self._number("ratio_limit") not in (0.0, torch.inf):
+            text = f"-D_f(p || q), f that of its advantage with log u within +-{self._number('ratio_limit'):g}"
+        if self.estimator == "top_k" and self.row.estimators[0] != "top_k":
+            text += f"; over the teacher's {self.k} likeliest tokens, the rest: {self.settings['tail']}"
+        if self.settings.get("normalize") == "sign_max_abs":
+            text = "no fixed objective: the two signs are scaled by different batch maxima"
+        elif self.settings.get("normalize") == "zscore" and "std" not in text:
+            text += "; over std r"
+        if self._number("discount"):
+            text += f"; of whole sequences, discounted by {self._number('discount'):g} a token"
+        if self._number("reference_kl"):
+            text += "; less reference_kl x KL(q || reference)"
+        if self._number("golden"):
+            text += "; plus golden x the log-likelihood of golden answers"
+        return text
+
+    @property
+    def reference(self) -> str:
+        return self.row.reference
+
+    # What it asks for
+
+    @property
+    def needs(self) -> Needs:
+        """What the teacher must give: log p of the sampled token, its k likeliest, its whole distribution, or nothing."""
+        if self.row.on_golden_answers:
+            return "nothing"
+        if self.estimator == "full" or self.settings.get("baseline") == "exact":
+            return "full"
+        return "top_k" if self.estimator == "top_k" or self.row.extra else "sampled"
+
+    @property
+    def needs_of_reference(self) -> Needs:
+        """What the frozen initial student must give."""
+        if not self._number("reference_kl"):
+            return "nothing"
+        return "full" if self.settings["reference_kl_form"] == "full" else "sampled"
+
+    @property
+    def needs_whole_step(self) -> bool:
+        """Whether the advantage of one token depends on other tokens: it costs one more student forward."""
+        return bool(
+            self.row.select
+            or self._number("discount")
+            or self.settings.get("normalize", "none") != "none"
+            or self.settings.get("baseline") == "leave_one_out"
+        )
+
+    @property
+    def k(self) -> int:
+        """How many of the teacher's likeliest tokens it looks at."""
+        return int(self._number("k"))
+
+    @property
+    def has_score(self) -> bool:
+        """Whether sampled tokens get an advantage."""
+        in_reward = self.needs_of_reference == "sampled"
+        samples_tail = self.estimator == "top_k" and self.settings["tail"] == "sample"
+        return self.estimator == "sampled" or in_reward or samples_tail
+
+    @property
+    def has_exact(self) -> bool:
+        """Whether some part is differentiated over the vocabulary."""
+        return self.estimator != "sampled" or self.row.extra is not None or self.needs_of_reference == "full"
+
+    @property
+    def looks_at_student(self) -> bool:
+        """Whether the advantage depends on the student's whole distribution."""
+        return self.settings.get("baseline") == "exact"
+
+    @property
+    def reference_weight(self) -> float:
+        """Coefficient of the reference KL, now."""
+        return self._number("reference_kl")
+
+    @property
+    def golden_weight(self) -> float:
+        """Coefficient of the golden answers' cross-entropy, now."""
+        return self._number("golden")
+
+    def _number(self, key: str) -> float:
+        return float(self.settings.get(key, 0.0))
+
+    # Its parts, at some positions
+
+    def reward(self, student_logprobs: Tensor, teacher_logprobs: Tensor | None) -> Tensor:
+        """The reward of each sampled token by itself, before any shaping; any shape, nats in. Detached.
+
+        Raises:
+            ValueError: the objective is exact over the vocabulary.
+        """
+        student_logprobs = student_logprobs.detach()
+        if self.row.on_golden_answers:
+            return torch.ones_like(student_logprobs)
+        if "sampled" not in self.row.estimators:
+            raise ValueError(
+                f"objective {self.name} has no sampled form: it has {', '.join(self.row.estimators)}. "
+                "For a reward of sampled tokens choose power or log_ratio"
+            )
+        if teacher_logprobs is None:
+            raise ValueError(f"objective {self.name} needs the teacher's log-probabilities, which are not there")
+        divergence, gauge = self.divergence, self.settings.get("gauge")
+        if gauge == "stop_gradient":
+            return -divergence.generator(teacher_logprobs - student_logprobs).detach()
+        reward = divergence.advantage(student_logprobs, teacher_logprobs).detach()
+        return reward + divergence.constant if gauge == "opd_plus" else reward
+
+    def score(self, at: Positions) -> Tensor:
+        """The advantage [B] of each sampled token, before whole-step shaping; detached."""
+        if self.estimator == "sampled":
+            score = self.reward(at.logprobs, at.teacher_logprobs)
+            if self.looks_at_student:
+                score = score - self._expected_reward(at.student, at.teacher)
+            if self.row.gate is not None:
+                score = score * self.row.gate(at, self.settings)
+        else:
+            score = torch.zeros_like(at.logprobs)
+            if self.estimator == "top_k" and self.settings["tail"] == "sample":
+                assert at.top_ids is not None
+                in_tail = (at.top_ids != at.target_ids[:, None]).all(dim=1)
+                score = self.reward(at.logprobs, at.teacher_logprobs) * in_tail
+        if self.settings.get("reference_kl_form") == "k1_reward":
+            score = score + self._towards_reference(at)
+        return score
+
+    def beside_shaping(self, at: Positions) -> Tensor | float:
+        """What adds to the advantage [B] after shaping: k2 of the reference KL as a loss, (log q - log ref)^2 / 2."""
+        return self._towards_reference(at) if self.settings.get("reference_kl_form") == "k2_loss" else 0.0
+
+    def _towards_reference(self, at: Positions) -> Tensor | float:
+        if not self.reference_weight:
+            return 0.0
+        if at.reference_logprobs is None:
+            raise ValueError(f"objective {self.name} needs the reference's log-probabilities, which are not there")
+        return -self.reference_weight * (at.logprobs - at.reference_logprobs)
+
+    def _expected_reward(self, student: Tensor | None, teacher: Tensor | None) -> Tensor:
+        """`E_{v ~ q}[reward(v)]`, [...] from [..., V]: the exact baseline."""
+        if student is None or teacher is None:
+            raise ValueError(f"objective {self.name} needs whole distributions for baseline exact, which are not there")
+        return (student.detach().exp() * self.reward(student, teacher)).sum(-1)
+
+    def exact(self, at: Positions) -> Tensor:
+        """What is differentiated at each position, [B]; without the reference KL."""
+        assert at.student is not None
+        value = at.student.new_zeros(len(at.logprobs))
+        if self.estimator == "full":
+            if at.teacher is None:
+                raise ValueError(f"objective {self.name} needs the teacher's whole distribution, which is not there")
+            value = self.divergence.value(at.student, self._target(at.student, at.teacher))
+        elif self.estimator == "top_k":
+            value = self._top_k(at.student, at.top_ids, at.top_logprobs)
+        if self.row.extra is not None:
+            value = value + self.row.extra(at.with_top(self.k), self.settings)
+        return value
+
+    def _target(self, student: Tensor, teacher: Tensor) -> Tensor:
+        target = self.row.target
+        return teacher if target is None else target(student, teacher, self.settings, self.progress)
+
+    def _top_k(self, student: Tensor, top_ids: Tensor | None, top_logprobs: Tensor | None) -> Tensor:
+        if top_ids is None or top_logprobs is None:
+            raise ValueError(f"objective {self.name} needs the teacher's likeliest tokens, which are not there")
+        divergence, tail = self.divergence, str(self.settings["tail"])
+        if tail != "sample":
+            return divergence.value(*coarsen(student, top_ids, top_logprobs, tail=tail))
+        q, p = coarsen(student, top_ids, top_logprobs, tail="keep")
+        return attach_gradient(divergence.term(q, p), q, divergence.advantage(q, p)).sum(-1)
+
+    # Its parts, over a whole step
+
+    def shape(self, tokens: StepTokens) -> Shaped:
+        """Advantages and weights of a whole optimizer step, from what its tokens are by themselves."""
+        advantages, weights = tokens.rewards, torch.ones_like(tokens.rewards)
+        if discount := self._number("discount"):
+            divergence = self.divergence
+            future = -divergence.generator(tokens.teacher_logprobs - tokens.logprobs).detach()
+            if self.settings.get("reference_kl_form") == "k1_reward":
+                future = future - self._number("reference_kl") * tokens.reference_kl
+            advantages = advantages + shaping.discounted_future(future, tokens.rollouts, discount)
+        if self.settings.get("baseline") == "leave_one_out":
+            advantages = shaping.leave_one_out(advantages, tokens.rollouts, tokens.prompts)
+        normalize = self.settings.get("normalize")
+        if normalize == "zscore":
+            advantages = shaping.zscore(advantages)
+        elif normalize == "sign_max_abs":
+            advantages = shaping.sign_max_abs(advantages)
+        if self.row.select is not None and len(advantages):
+            kept = self.row.select(tokens, self.settings, self.progress).to(advantages.dtype)
+            weights = kept * (len(kept) / kept.sum().clamp(min=1))  # a mean over the tokens kept
+            advantages = advantages * weights
+        return Shaped(advantages, weights)
+
+    # As pure functions of log-probabilities
+
+    def sampled(self, student_logprobs: Tensor, teacher_logprobs: Tensor | None) -> Tensor:
+        """The advantage of each sampled token, detached.
+
+        What depends on other tokens takes the last axis for one rollout; the exact baseline takes it for the vocabulary.
+
+        Args:
+            student_logprobs, teacher_logprobs: log q and log p, one shape, in nats.
+
+        Raises:
+            ValueError: the objective has no sampled form, or it compares samples of one prompt.
+        """
+        reward = self.reward(student_logprobs, teacher_logprobs)
+        if teacher_logprobs is None:
+            return reward
+        if self.looks_at_student:
+            reward = reward - self._expected_reward(student_logprobs, teacher_logprobs)[..., None]
+        if self.settings.get("baseline") == "leave_one_out":
+            raise ValueError("objective.baseline leave_one_out compares the rollouts of one prompt: use `shape`")
+        if not self.needs_whole_step or self.row.select is not None:
+            return reward
+        rows = [
+            values.detach().reshape(-1, values.shape[-1]) for values in (student_logprobs, teacher_logprobs, reward)
+        ]
+        shaped = [self.shape(StepTokens.of_one_rollout(*row)).advantages for row in zip(*rows, strict=True)]
+        return torch.stack(shaped).reshape(reward.shape)
+
+    def full(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+        """The divergence at each position, `[..., V] -> [...]`, differentiable in the student.
+
+        Raises:
+            ValueError: there is no such function: the objective is a reward of sampled tokens alone.
+        """
+        shaped = self.settings.get("normalize", "none") != "none" or self._number("discount")
+        if "full" not in self.row.estimators or self.row.gate is not None or shaped:
+            raise ValueError(
+                f"objective {self.name} has no full-vocabulary form: its update is not the gradient of a function of the "
+                "two distributions at one position. reverse_kl, forward_kl and power have one"
+            )
+        teacher_logprobs = teacher_logprobs.detach()
+        value = self.divergence.value(student_logprobs, self._target(student_logprobs, teacher_logprobs))
+        if self.row.extra is None:
+            return value
+        rows = (values.reshape(-1, values.shape[-1]) for values in (student_logprobs, teacher_logprobs))
+        at = Positions.of_distributions(*rows).with_top(self.k)
+        return value + self.row.extra(at, self.settings).reshape(value.shape)
+
+    def top_k(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+        """The divergence on the teacher's k likeliest tokens, the tail as set; `[..., V] -> [...]`, as `full`.
+
+        Raises:
+            ValueError: the objective has no such form.
+        """
+        if "top_k" not in self.row.estimators:
+            raise ValueError(f"objective {self.name} has no top-k form: it has {', '.join(self.row.estimators)}")
+        top = teacher_logprobs.detach().topk(min(self.k, teacher_logprobs.shape[-1]), dim=-1)
+        return self._top_k(student_logprobs, top.indices, top.values)
+
+
+def _short(value: Value) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
