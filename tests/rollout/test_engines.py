@@ -13,6 +13,7 @@ from poweropd.errors import ConfigError
 from poweropd.rollout.engine import RolloutEngine, Sampling
 from poweropd.rollout.golden import GoldenEngine
 from poweropd.rollout.hf import HFEngine
+from poweropd.rollout.sources import SourceEngine
 from poweropd.types import Prompt
 
 SAMPLING = Sampling(stop_ids=(END, CHAT_END), max_new_tokens=12, samples_per_prompt=3)
@@ -23,13 +24,23 @@ def make_prompts() -> list[Prompt]:
     return [replace(rollout.prompt, golden_ids=rollout.response_ids) for rollout in make_rollouts(lengths)]
 
 
-def make_hf(model: PreTrainedModel, **settings: int) -> HFEngine:
+def make_hf(model: PreTrainedModel, **settings: object) -> HFEngine:
     return HFEngine(model, vocab_size=512, pad_id=END, **settings)
+
+
+def make_mixture(weight: float, **settings: object) -> HFEngine:
+    """Of two models of different width, whose heads are padded differently."""
+    return make_hf(make_model(), mixed_in=[(make_model(hidden_size=24, rows=520, seed=1), weight)], **settings)
 
 
 ENGINES: dict[str, Callable[[], RolloutEngine]] = {
     "hf": lambda: make_hf(make_model()),
+    "mixture": lambda: make_mixture(0.3),
     "golden": GoldenEngine,
+    "one source": lambda: SourceEngine({"student": make_hf(make_model())}, {"student": 1.0}),
+    "two sources": lambda: SourceEngine(
+        {"student": make_mixture(0.3), "teacher": make_hf(make_model(seed=1))}, {"student": 0.5, "teacher": 0.5}
+    ),
     "fake": FakeEngine,
 }
 
@@ -89,12 +100,15 @@ def test_greedy_decoding_equals_that_of_transformers(model: PreTrainedModel) -> 
         assert rollout.response_ids == tuple(theirs[0, ids.shape[1] :].tolist())
 
 
-def test_a_sample_does_not_depend_on_its_batch(model: PreTrainedModel) -> None:
+@pytest.mark.parametrize("mixing", [0.0, 0.3])
+def test_a_sample_does_not_depend_on_its_batch(mixing: float) -> None:
+    def engine(sequences: int) -> HFEngine:
+        settings = {"sequences_per_batch": sequences}
+        return make_mixture(mixing, **settings) if mixing else make_hf(make_model(), **settings)
+
     prompts = make_prompts()
-    together = make_hf(model).generate(prompts, SAMPLING, seed=2)
-    apart = [
-        r for prompt in prompts for r in make_hf(model, sequences_per_batch=1).generate([prompt], SAMPLING, seed=2)
-    ]
+    together = engine(64).generate(prompts, SAMPLING, seed=2)
+    apart = [rollout for prompt in prompts for rollout in engine(1).generate([prompt], SAMPLING, seed=2)]
     assert [r.response_ids for r in together] == [r.response_ids for r in apart]
     for one, other in zip(together, apart, strict=True):
         torch.testing.assert_close(

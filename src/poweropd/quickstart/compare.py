@@ -28,7 +28,7 @@ COMPARED: dict[str, list[str]] = {
     "tanh": ["objective.name=tanh"],
     "zscore": ["objective.name=zscore"],
     "reverse_kl": ["objective.name=reverse_kl"],
-    "sft": ["objective.name=sft", "rollout.engine=golden"],
+    "sft": ["objective.name=sft", "rollout.sources={golden: 1}"],
 }
 
 TOLD = 3  # exit code of an arm that failed and said why

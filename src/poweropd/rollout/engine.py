@@ -31,7 +31,7 @@ class Sampling:
 
 
 class RolloutEngine(Protocol):
-    """Draws responses from the current student."""
+    """Gives responses to train on: drawn from the current student, from its teacher, or taken from the data."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> list[Rollout]:
         """Responses to every prompt, the samples of one prompt together, in the order of the prompts.

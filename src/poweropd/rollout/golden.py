@@ -21,4 +21,4 @@ class GoldenEngine:
             raise ConfigError(f"prompt {prompt.id} has no golden answer; set data.golden to the column that holds it")
         ids = prompt.golden_ids[:limit]
         reason: FinishReason = "stop" if len(ids) == len(prompt.golden_ids) else "length"
-        return Rollout(prompt, ids, (0.0,) * len(ids), reason)
+        return Rollout(prompt, ids, (0.0,) * len(ids), reason, source="golden")

@@ -1,6 +1,9 @@
 """One token from each row of logits, by inverse transform: a row's draw depends on its own uniform number alone."""
 
 import hashlib
+import math
+from collections.abc import Sequence
+from functools import reduce
 
 import numpy as np
 import torch
@@ -10,11 +13,28 @@ from poweropd.rollout.engine import Sampling
 from poweropd.types import Prompt
 
 
-def uniforms(prompt: Prompt, sample: int, *, seed: int, count: int) -> Tensor:
-    """`[count]` uniform numbers in [0, 1), float64, of one sample of one prompt: a pure function of its arguments."""
+def uniforms(prompt: Prompt, sample: int | str, *, seed: int, count: int) -> Tensor:
+    """`[count]` uniform numbers in [0, 1), float64: a pure function of its arguments.
+
+    Args:
+        sample: which of the prompt's samples they draw, or the name of something else that is drawn for the prompt.
+    """
     digest = hashlib.blake2b(f"{seed}/{prompt.id}/{sample}".encode(), digest_size=16).digest()
     generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
     return torch.from_numpy(generator.random(count))
+
+
+def mix(logits: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    """Logits [B, V] of a mixture of probabilities, from the logits [B, V] of each part; one alone is left as it is.
+
+    Args:
+        shares: of every part but the first, which has what they leave of 1.
+    """
+    if not shares:
+        return logits[0]
+    log_shares = [math.log1p(-sum(shares)), *map(math.log, shares)]
+    parts = [torch.log_softmax(each, dim=1) + share for each, share in zip(logits, log_shares, strict=True)]
+    return reduce(torch.logaddexp, parts)
 
 
 def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
