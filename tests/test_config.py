@@ -35,7 +35,18 @@ def with_values(**sections: object) -> dict:
         (with_values(data={"source": "jsonl"}), ["data: source jsonl needs path: a file"]),
         (with_values(data={"source": "reasoning_gym"}), ["data: source reasoning_gym needs families"]),
         (with_values(data={"source": "jsonl", "path": "x", "template": "Solve"}), ["data: template needs {prompt} in it, got 'Solve'"]),
-        (with_values(objective={"name": "sft"}), ["objective.name sft needs rollout.engine golden, got hf"]),
+        (with_values(objective={"name": "sft"}), ["objective.name sft trains on golden answers alone: it needs rollout.sources {golden: 1}, got {student: 1}"]),
+        (with_values(objective={"name": "sft"}, rollout={"sources": {"student": 0.5, "golden": 0.5}}), ["objective.name sft trains on golden answers alone"]),
+        (with_values(rollout={"engine": "golden"}), ["rollout.engine: input should be 'hf', got 'golden'"]),
+        (with_values(rollout={"sources": {"student": 0.5, "golden": 0.4}}), ["rollout.sources: the probabilities must sum to 1, got {student: 0.5, golden: 0.4}, which sum to 0.9; give"]),
+        (with_values(rollout={"sources": {"student": 0.5, "golden": 0.500002}}), ["rollout.sources: the probabilities must sum to 1, got {student: 0.5, golden: 0.500002}, which sum to 1.000002"]),
+        (with_values(rollout={"sources": {}}), ["rollout.sources: the probabilities must sum to 1, got {}, which sum to 0"]),
+        (with_values(rollout={"sources": {"student": 1, "golden": 0}}), ["rollout.sources.golden: input should be greater than 0, got 0"]),
+        (with_values(rollout={"sources": {"student": float("nan")}}), ["rollout.sources.student: input should be less than or equal to 1, got nan"]),
+        (with_values(rollout={"sources": {"taecher": 1}}), ["rollout.sources.taecher: input should be 'student', 'teacher' or 'golden', got 'taecher'"]),
+        (with_values(rollout={"teacher_mixing": 1}), ["rollout.teacher_mixing: input should be less than 1, got 1"]),
+        (with_values(rollout={"teacher_mixing": 0.2, "sources": {"golden": 1}}), ["rollout.teacher_mixing 0.2 mixes the teacher into the student's rollouts, but rollout.sources is {golden: 1}; give"]),
+        (with_values(rollout={"importance_cap": 0}), ["rollout.importance_cap: input should be greater than 0, got 0"]),
         ({"data": BARE["data"]}, ["student: missing, and it has no default", "teacher: missing"]),
         (
             with_values(train={"step": 3, "seed": -1}, sampling={"temprature": 1}),
@@ -60,15 +71,15 @@ def test_a_resolved_recipe_reads_back_as_itself() -> None:
 def test_overrides() -> None:
     recipe = load_recipe(RECIPE, ["train.steps=20", "objective.alpha=1", "optimizer.lr=1e-4", "sampling.stop=[a, b]"])
     assert recipe.train.steps == 20
-    assert recipe.objective.build().settings == {"alpha": 1.0}
+    assert recipe.objective.build().shown == {"alpha": 1.0}
     assert recipe.optimizer.lr == 1e-4
     assert recipe.sampling.stop == ["a", "b"]
 
 
 def test_another_objective_does_not_inherit_the_settings_of_the_recipes_own() -> None:
-    assert load_recipe(RECIPE, ["objective.name=reverse_kl"]).objective.build().settings == {}
+    assert load_recipe(RECIPE, ["objective.name=reverse_kl"]).objective.build().shown == {}
     same = load_recipe(RECIPE, ["objective.name=power", "objective.alpha=3"])
-    assert same.objective.build().settings == {"alpha": 3.0}
+    assert same.objective.build().shown == {"alpha": 3.0}
 
 
 @pytest.mark.parametrize("override", ["train.steps", "=3", "train.steps=[1", "train.stepz=3"])
@@ -82,6 +93,20 @@ def test_extends_merges_sections(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("extends: base.yaml\ntrain: {steps: 9}\n")
     recipe = load_recipe(tmp_path / "mine.yaml")
     assert (recipe.train.steps, recipe.train.seed) == (9, 1)
+
+
+def test_sources_are_one_value(tmp_path: Path) -> None:
+    """Half of one distribution and half of another would not be a distribution."""
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(with_values(rollout={"sources": {"teacher": 1}})))
+    (tmp_path / "mine.yaml").write_text("extends: base.yaml\nrollout: {sources: {student: 0.4, golden: 0.6}}\n")
+    assert load_recipe(tmp_path / "mine.yaml").rollout.sources == {"student": 0.4, "golden": 0.6}
+    alone = load_recipe(tmp_path / "mine.yaml", ["rollout.sources={golden: 1}", "objective.name=sft"])
+    assert alone.rollout.sources == {"golden": 1}
+
+
+def test_shares_that_sum_to_one_but_for_rounding_are_accepted() -> None:
+    thirds = {"student": 1 / 3, "teacher": 1 / 3, "golden": 0.3333333}
+    assert parse_recipe(with_values(rollout={"sources": thirds})).rollout.sources == thirds
 
 
 @pytest.mark.parametrize(

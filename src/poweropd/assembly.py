@@ -16,9 +16,11 @@ from poweropd.prompts import PromptStream, load_prompts
 from poweropd.rollout.engine import RolloutEngine, Sampling
 from poweropd.rollout.golden import GoldenEngine
 from poweropd.rollout.hf import HFEngine
+from poweropd.rollout.sources import SourceEngine
 from poweropd.teacher.hf import HFTeacher
 from poweropd.teacher.scorer import TeacherScorer
-from poweropd.types import Prompt
+from poweropd.types import Prompt, Source
+from poweropd.update import MicroBatches
 from poweropd.vocabulary import EndTokens, end_token_ids, shared_vocab_size
 
 
@@ -124,6 +126,8 @@ class Parts:
     student_engine: RolloutEngine  # samples from the student, for evaluation
     teacher_engine: RolloutEngine  # samples from the teacher, for evaluation
     objective: Objective
+    reference: TeacherScorer | None  # the frozen initial student, where the objective is held to it
+    how: MicroBatches
     stream: PromptStream
     sampling: Sampling
     problems: Problems | None
@@ -139,7 +143,7 @@ def assemble(recipe: Recipe) -> Parts:
     pair = load_pair(recipe)
     objective = recipe.objective.build()
     sampling = Sampling(
-        stop_ids=pair.end_tokens.stop_ids + _stop_ids(recipe.sampling.stop, pair.tokenizer),
+        stop_ids=pair.end_tokens.stop_ids + _single_ids(recipe.sampling.stop, pair.tokenizer, "sampling.stop"),
         **recipe.sampling.model_dump(exclude={"stop"}),
     )
     prompts, problems = load_data(recipe, pair, sampling)
@@ -159,15 +163,31 @@ def assemble(recipe: Recipe) -> Parts:
         end_ids=pair.end_tokens.merged_ids,
         tokens_per_batch=recipe.teacher.tokens_per_batch,
     )
-    student_engine = sampler(pair.student, pair, recipe.rollout.sequences_per_batch)
+    rollout = recipe.rollout
+    student_engine = sampler(pair.student, pair, rollout.sequences_per_batch)
+    teacher_engine = sampler(pair.teacher, pair, rollout.sequences_per_batch, source="teacher")
+    mixed_in = (pair.teacher, rollout.teacher_mixing) if rollout.teacher_mixing else None
+    engines: dict[Source, RolloutEngine] = {
+        "student": sampler(pair.student, pair, rollout.sequences_per_batch, mixed_in=mixed_in),
+        "teacher": teacher_engine,
+        "golden": GoldenEngine(),
+    }
     return Parts(
         pair=pair,
         student=student,
         teacher=teacher,
-        engine=GoldenEngine() if recipe.rollout.engine == "golden" else student_engine,
+        engine=SourceEngine(engines, dict(rollout.sources.items())),
         student_engine=student_engine,
-        teacher_engine=sampler(pair.teacher, pair, recipe.rollout.sequences_per_batch),
+        teacher_engine=teacher_engine,
         objective=objective,
+        reference=_reference(recipe, pair) if objective.needs_of_reference != "nothing" else None,
+        how=MicroBatches(
+            tokens=recipe.train.tokens_per_micro_batch,
+            pad_id=pair.pad_id,
+            masked_end_ids=pair.end_tokens.masked_ids,
+            masked_ids=_single_ids(recipe.objective.masked_tokens, pair.tokenizer, "objective.masked_tokens"),
+            importance_cap=rollout.importance_cap if rollout.importance == "token" else None,
+        ),
         stream=PromptStream(prompts, seed=recipe.train.seed),
         sampling=sampling,
         problems=problems,
@@ -175,13 +195,22 @@ def assemble(recipe: Recipe) -> Parts:
     )
 
 
-def sampler(model: PreTrainedModel, pair: ModelPair, sequences_per_batch: int) -> HFEngine:
+def sampler(
+    model: PreTrainedModel,
+    pair: ModelPair,
+    sequences_per_batch: int,
+    *,
+    source: Source = "student",
+    mixed_in: tuple[PreTrainedModel, float] | None = None,
+) -> HFEngine:
     return HFEngine(
         model,
         vocab_size=pair.vocab_size,
         pad_id=pair.pad_id,
         precision=pair.precision,
         sequences_per_batch=sequences_per_batch,
+        source=source,
+        mixed_in=mixed_in,
     )
 
 
@@ -209,8 +238,16 @@ def load_data(recipe: Recipe, pair: ModelPair, sampling: Sampling) -> tuple[list
             return []
 
     prompts = load(recipe.data, "data", sampling.max_new_tokens)
-    if recipe.rollout.engine == "golden" and any(prompt.golden_ids is None for prompt in prompts):
-        complaints.append("rollout.engine golden needs data.golden: the column that holds worked answers")
+    wants_golden = {
+        "rollout.sources has golden": "golden" in recipe.rollout.sources,
+        "objective.golden is above 0": recipe.objective.build().golden_weight > 0,
+    }
+    if any(prompt.golden_ids is None for prompt in prompts):
+        complaints += [
+            f"{setting}, but the prompts have no worked answers; set data.golden to the column that holds them"
+            for setting, wanted in wants_golden.items()
+            if wanted
+        ]
     problems = None
     if (asked := recipe.evaluation).data is not None:
         if asked.data.answer is None:
@@ -231,14 +268,25 @@ def load_data(recipe: Recipe, pair: ModelPair, sampling: Sampling) -> tuple[list
     return prompts, problems
 
 
-def _stop_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def _reference(recipe: Recipe, pair: ModelPair) -> HFTeacher:
+    """The student as it was before the first step, also in a run that is resumed."""
+    model = load_model(
+        recipe.student.model, dtype=pair.precision, device=default_device(), revision=recipe.student.revision
+    )
+    return HFTeacher(
+        model,
+        vocab_size=pair.vocab_size,
+        end_ids=pair.end_tokens.merged_ids,
+        tokens_per_batch=recipe.teacher.tokens_per_batch,
+    )
+
+
+def _single_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, key: str) -> tuple[int, ...]:
     ids = []
     for text in texts:
         encoded = tokenizer.encode(text, add_special_tokens=False)
         if len(encoded) != 1:
-            raise ConfigError(
-                f"sampling.stop: {text!r} is {len(encoded)} tokens; only single tokens can stop a response"
-            )
+            raise ConfigError(f"{key}: {text!r} is {len(encoded)} tokens; only single tokens can be named here")
         ids += encoded
     return tuple(ids)
 

@@ -1,18 +1,30 @@
 """The recipe: every setting, its default, its range and its meaning, in one place."""
 
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from poweropd import objectives
+from poweropd import objectives, recipes
 from poweropd.errors import ConfigError
+from poweropd.recipes import check_sum, flow
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
+TeacherName = Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$")]  # it names a folder too
+ALONE = "teacher"  # what the teacher goes by where there is one, or one mixture
 
 
 class Section(BaseModel):
@@ -41,6 +53,8 @@ class TeacherConfig(Section):
     """Precision of its weights. `auto`: bfloat16 on a GPU, float32 on a CPU."""
     tokens_per_batch: Positive = 16384
     """Tokens scored in one forward pass."""
+    weight: Share | None = None
+    """Its share of the mixture of all `teachers`; they sum to 1."""
 
 
 class DataConfig(Section):
@@ -89,6 +103,11 @@ class DataConfig(Section):
         return self
 
 
+class TrainingDataConfig(DataConfig):
+    teacher: str | None = None
+    """Which of `teachers` judges the answers to these prompts."""
+
+
 class SamplingConfig(Section):
     temperature: Annotated[float, Field(ge=0)] = 1.0
     """0 is greedy."""
@@ -107,10 +126,37 @@ class SamplingConfig(Section):
 
 
 class RolloutConfig(Section):
-    engine: Literal["hf", "golden"] = "hf"
-    """`hf`: the student samples. `golden`: the data's golden answers are used instead, for `sft`."""
+    engine: Literal["hf"] = "hf"
+    """What runs the models that sample: `hf`, transformers in this process."""
     sequences_per_batch: Positive = 64
     """Sequences decoded together."""
+    sources: dict[Literal["student", "teacher", "golden"], Share] = {"student": 1.0}
+    """Probability that a prompt of a step is answered by each; they sum to 1. `golden`: by the data's worked answer, one
+    whatever `samples_per_prompt` is. GKD's lambda (arXiv 2306.13649) is `{student: lambda, golden: 1 - lambda}`."""
+    teacher_mixing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """m: the student's rollouts are drawn token by token from `(1 - m) q + m p`. MiniLLM (arXiv 2306.08543): 0.2."""
+    importance: Literal["token", "none"] = "token"
+    """Rollouts of the teacher and of the mixture are off-policy. `token`: each sampled reward is weighted by
+    `min(q / sampling probability, importance_cap)`, detached. `none`: nothing corrects them. Rollouts of the student
+    have weight 1; so have golden answers, which no one sampled: their prefixes remain the data's."""
+    importance_cap: Annotated[float, Field(gt=0)] = 5.0
+    """Largest weight of a sampled reward."""
+
+    @field_validator("sources")
+    @classmethod
+    def _sources_sum_to_one(cls, sources: dict[str, float]) -> dict[str, float]:
+        advice = "give every prompt a source, for example {student: 0.5, golden: 0.5}"
+        check_sum("the probabilities", sources, advice)
+        return sources
+
+    @model_validator(mode="after")
+    def _mixing_has_a_student(self) -> Self:
+        if self.teacher_mixing > 0 and "student" not in self.sources:
+            raise ValueError(
+                f"rollout.teacher_mixing {self.teacher_mixing:g} mixes the teacher into the student's rollouts, but "
+                f"rollout.sources is {flow(self.sources)}; give student a share there, or set teacher_mixing to 0"
+            )
+        return self
 
 
 class ObjectiveConfig(BaseModel):
@@ -123,6 +169,8 @@ class ObjectiveConfig(BaseModel):
     end_token: Literal["map", "mask", "keep"] = "map"
     """Where student and teacher end answers differently: `map` counts all end tokens as one outcome, `mask` trains on
     none, `keep` scores them as they stand."""
+    masked_tokens: list[str] = []
+    """Tokens that are never trained on, wherever they stand, such as `<think>`; each a single token."""
 
     @model_validator(mode="after")
     def _settings_exist(self) -> Self:
@@ -184,6 +232,21 @@ class CheckpointConfig(Section):
     """How many of the newest to keep."""
 
 
+class GuardConfig(Section):
+    """What to do when answers grow to the budget or go round in circles: the collapse of StableOPD, arXiv 2604.08527."""
+
+    truncation: Share | None = 0.9
+    """Largest share of rollouts that reach `max_new_tokens`; null: any."""
+    repetition: Share | None = 0.3
+    """Largest share of rollouts that end in repetition; null: any."""
+    patience: Positive = 5
+    """Consecutive steps above a limit that count as a collapse. A limit holds once the student has kept it for as many
+    steps, or from the start if the untrained student is a quarter below it."""
+    action: Literal["warn", "stop", "raise_reference_kl"] = "warn"
+    """`warn`: say so. `stop`: save a checkpoint and stop. `raise_reference_kl`: double the weight of the KL to the
+    reference, again after every `patience` steps for as long as it lasts."""
+
+
 class LogConfig(Section):
     rollouts_every: Positive = 10
     """Steps between entries of rollouts.jsonl and positions.jsonl."""
@@ -191,12 +254,26 @@ class LogConfig(Section):
     """Rollouts written each time."""
 
 
+def _form(data: Any) -> str:
+    return "several sections" if isinstance(data, list) else "one section"
+
+
 class Recipe(Section):
     """A training run."""
 
     student: StudentConfig
-    teacher: TeacherConfig
-    data: DataConfig
+    """The model that is trained."""
+    teachers: dict[TeacherName, TeacherConfig] = {}
+    """Several teachers by name, in the place of `teacher`. Every section of `data` names the one that judges the answers
+    to its prompts; or every teacher has a `weight`, and all prompts are judged by the mixture of their probabilities."""
+    teacher: Annotated[TeacherConfig | None, Field(validate_default=True)] = None
+    """The model that judges every answer."""
+    data: Annotated[
+        Annotated[TrainingDataConfig, Tag("one section")]
+        | Annotated[list[TrainingDataConfig], Field(min_length=1), Tag("several sections")],
+        Discriminator(_form),
+    ]
+    """Where prompts come from: one section, or a list of which all prompts are drawn alike."""
     sampling: SamplingConfig = SamplingConfig()
     rollout: RolloutConfig = RolloutConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -204,6 +281,7 @@ class Recipe(Section):
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     log: LogConfig = LogConfig()
 
     @field_validator("objective", mode="before")
@@ -211,19 +289,68 @@ class Recipe(Section):
     def _name_alone(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
+    @field_validator("teacher")
+    @classmethod
+    def _one_or_several(cls, teacher: TeacherConfig | None, others: ValidationInfo) -> TeacherConfig | None:
+        several = others.data.get("teachers")
+        if teacher is None and several == {}:
+            raise ValueError("missing, and it has no default; name one teacher, or several under teachers")
+        if teacher is not None and several:
+            raise ValueError(
+                f"a recipe has one teacher or several, got teacher and teachers ({', '.join(several)}); "
+                "leave out one, or set teacher: null where extends brings it"
+            )
+        return teacher
+
+    @model_validator(mode="after")
+    def _every_prompt_has_its_teacher(self) -> Self:
+        weights = {name: config.weight for name, config in self.named_teachers.items()}
+        recipes.check_judges(weights, {key: section.teacher for key, section in self.data_sections.items()})
+        return self
+
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        golden = self.objective.build().row.on_golden_answers
-        if golden != (self.rollout.engine == "golden"):
+        if self.objective.build().row.on_golden_answers and set(self.rollout.sources) != {"golden"}:
             raise ValueError(
-                f"objective.name {self.objective.name} needs rollout.engine {'golden' if golden else 'hf'}, "
-                f"got {self.rollout.engine}"
+                f"objective.name {self.objective.name} trains on golden answers alone: it needs rollout.sources "
+                f"{{golden: 1}}, got {flow(self.rollout.sources)}; set rollout.sources, or choose another objective"
+            )
+        if self.guard.action == "raise_reference_kl" and not self.objective.build().settings.get("reference_kl", 0):
+            raise ValueError(
+                "guard.action raise_reference_kl needs a KL to raise: set objective.reference_kl above 0, or choose warn or "
+                "stop"
             )
         return self
+
+    @property
+    def named_teachers(self) -> dict[str, TeacherConfig]:
+        """Every model that judges, by name."""
+        return dict(self.teachers) if self.teacher is None else {ALONE: self.teacher}
+
+    @property
+    def judges(self) -> dict[str, dict[str, float]]:
+        """Who judges answers: the models of each judge, with their shares. Where there are several, each is the one
+        model of its name, and judges the answers to the prompts that name it."""
+        shares = {name: 1.0 if config.weight is None else config.weight for name, config in self.named_teachers.items()}
+        if len(shares) == 1 or any(config.weight is not None for config in self.teachers.values()):
+            return {ALONE: shares}
+        return {name: {name: share} for name, share in shares.items()}
+
+    @property
+    def data_sections(self) -> dict[str, TrainingDataConfig]:
+        """Every section of `data` by its key: `data`, or `data.0`, `data.1`, ..."""
+        if not isinstance(self.data, list):
+            return {"data": self.data}
+        return {f"data.{place}": section for place, section in enumerate(self.data)}
 
     def to_yaml(self) -> str:
         """The whole recipe with every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+def label(teacher: str) -> str:
+    """What messages call a teacher: `teacher`, or `teacher math`."""
+    return teacher if teacher == ALONE else f"{ALONE} {teacher}"
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
@@ -232,18 +359,9 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         ConfigError: every problem found, one line each.
     """
-    values = _read(path)
-    for override in overrides or []:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"--set {override!r}: give it as section.key=value, for example train.steps=20")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"--set {override!r}: the value is not valid YAML") from None
-        if key == "objective.name":
-            _forget_settings_of_other_objective(values, value)
-        _set(values, key.split("."), value)
+    values = recipes.read(path)
+    for setting in overrides or []:
+        values = recipes.override(values, setting)
     return parse_recipe(values)
 
 
@@ -256,76 +374,5 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(dict.fromkeys(_line(problem) for problem in error.errors()))) from None
-
-
-def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise ConfigError(f"{path}: its extends chain comes back to itself")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(
-            f"recipe {path} holds a {type(values).__name__}; sections such as student, teacher, data are needed"
-        )
-    parent = values.pop("extends", None)
-    return values if parent is None else _merge(_read(path.parent / parent, (*seen, path.resolve())), values)
-
-
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    both = {
-        key: _merge(below[key], value) if isinstance(value, dict) and isinstance(below.get(key), dict) else value
-        for key, value in above.items()
-    }
-    return {**below, **both}
-
-
-def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        below = values.get(key)
-        if isinstance(below, str) and key == "objective":
-            below = {"name": below}
-        values[key] = values = dict(below) if isinstance(below, dict) else {}
-    values[keys[-1]] = value
-
-
-def _forget_settings_of_other_objective(values: dict[str, Any], name: Any) -> None:
-    """A setting of one objective means nothing to another: a new name starts from a bare section."""
-    section = values.get("objective")
-    if isinstance(section, dict) and section.get("name", "power") != name:
-        values["objective"] = {key: section[key] for key in ("end_token",) if key in section}
-
-
-def _line(problem: Any) -> str:
-    """One validation problem in words: where, what is wrong, what was received, what is accepted."""
-    location = [str(part) for part in problem["loc"]]
-    name = ".".join(location)
-    if problem["type"] == "extra_forbidden":
-        known = _fields_at(location[:-1])
-        match = get_close_matches(location[-1], known, n=1)
-        hint = f"did you mean {match[0]!r}?" if match else f"known here: {', '.join(known)}"
-        return f"{name}: unknown key; {hint}"
-    if problem["type"] == "missing":
-        return f"{name}: missing, and it has no default"
-    if problem["type"] == "value_error":
-        message = str(problem["ctx"]["error"])
-        return message if not name or message.startswith(f"{name}.") else f"{name}: {message}"
-    message = problem["msg"][:1].lower() + problem["msg"][1:]
-    return f"{name}: {message}, got {problem['input']!r}"
-
-
-def _fields_at(location: list[str]) -> list[str]:
-    """Names of the settings of the section at `location`."""
-    section: Any = Recipe
-    for part in location:
-        annotation = section.model_fields[part].annotation
-        section = next(
-            (t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel)), None
-        )
-        if section is None:
-            return []
-    return list(section.model_fields)
+        lines = dict.fromkeys(recipes.in_words(problem, Recipe) for problem in error.errors())
+        raise ConfigError("\n".join(lines)) from None

@@ -19,3 +19,7 @@ class RunError(UserError):
 
 class NonFiniteError(UserError):
     """A loss or gradient is not finite; raised before the update is applied."""
+
+
+class CollapseError(UserError):
+    """The student's answers run to the budget or repeat themselves, and the recipe says stop; a checkpoint was saved."""

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,19 +11,30 @@ import torch
 from poweropd import checkpoint, guards
 from poweropd.assembly import assemble
 from poweropd.config import Recipe, load_recipe
-from poweropd.diagnostics import Clock, position_records, rollout_records, step_metrics
-from poweropd.errors import NonFiniteError, RunError
+from poweropd.diagnostics import (
+    Clock,
+    position_records,
+    repetition,
+    rollout_records,
+    stability_metrics,
+    step_metrics,
+)
+from poweropd.errors import CollapseError, NonFiniteError, RunError
 from poweropd.evaluation.grading import Grader
 from poweropd.evaluation.runner import evaluate, load_summary
 from poweropd.export import export_student
 from poweropd.interrupts import StopRequest
+from poweropd.objectives import Objective, build
+from poweropd.objectives.schedules import Coefficient
 from poweropd.rollout.engine import RolloutEngine
+from poweropd.rollout.golden import GoldenEngine
 from poweropd.runlog import CHECKPOINTS, RECIPE, STUDENT, SUMMARY, RunDirectory
-from poweropd.types import ScoredRollout
-from poweropd.update import accumulate_gradient
+from poweropd.teacher.scorer import judge
+from poweropd.types import Prompt, ScoredRollout
+from poweropd.update import GradientResult, accumulate_gradient
 
 TEACHER, UNTRAINED = "teacher", "000000"  # places below eval/; those of trained students are named by step
-MAY_CHANGE_ON_RESUME = {"train": {"steps"}, "checkpoint": True, "log": True, "evaluation": {"every"}}
+MAY_CHANGE_ON_RESUME = {"train": {"steps"}, "checkpoint": True, "guard": True, "log": True, "evaluation": {"every"}}
 
 
 class Observer(Protocol):
@@ -83,7 +95,7 @@ def recipe_to_resume(out: Path, overrides: list[str] | None = None) -> Recipe:
     if started.model_dump(exclude=MAY_CHANGE_ON_RESUME) != wanted.model_dump(exclude=MAY_CHANGE_ON_RESUME):  # type: ignore[arg-type]
         raise RunError(
             f"--set {' '.join(overrides or [])}: the run in {out} was started otherwise. On --resume only train.steps, "
-            "evaluation.every, checkpoint and log may change; start a new run for the rest"
+            "evaluation.every, checkpoint, guard and log may change; start a new run for the rest"
         )
     return wanted
 
@@ -98,6 +110,9 @@ class _Training:
         if recipe.train.threads is not None:
             torch.set_num_threads(recipe.train.threads)
         self._parts = assemble(recipe)
+        self._guard = guards.CollapseGuard(recipe.guard)
+        self._reference_kl = Coefficient.of(self._parts.objective.settings, "reference_kl")
+        self._golden = Coefficient.of(self._parts.objective.settings, "golden")
         self._started = time.monotonic()
         self._seconds_before = 0.0  # of earlier sessions of this run, up to the checkpoint
 
@@ -118,7 +133,7 @@ class _Training:
             evaluations["after"] = self._evaluate(f"{recipe.train.steps:06d}", parts.student_engine, "student after")
         export_student(parts.student, self._run.path / STUDENT, recipe, parts.pair.end_tokens.stop_ids, evaluations)
         facts = {
-            "objective": {"name": parts.objective.name, **parts.objective.settings},
+            "objective": {"name": parts.objective.name, **parts.objective.shown},
             "steps": recipe.train.steps,
             "seed": recipe.train.seed,
             "seconds": round(self._seconds(), 1),
@@ -134,18 +149,11 @@ class _Training:
                 prompts = parts.stream.take(step, config.prompts_per_step)
                 rollouts = parts.engine.generate(prompts, parts.sampling, seed=step_seed(config.seed, step))
                 clock.lap("rollout")
-                scores = parts.teacher.score(rollouts, needs=parts.objective.needs)
-                scored = [ScoredRollout(*pair) for pair in zip(rollouts, scores, strict=True)]
+                objective = self._objective_at(step)
+                scored = judge(rollouts, objective, parts.teacher, parts.reference)
                 clock.lap("teacher")
-                result = accumulate_gradient(
-                    parts.student,
-                    scored,
-                    parts.objective,
-                    teacher_head=parts.teacher.head,
-                    tokens_per_micro_batch=config.tokens_per_micro_batch,
-                    pad_id=parts.pair.pad_id,
-                    masked_end_ids=parts.pair.end_tokens.masked_ids,
-                )
+                result = accumulate_gradient(parts.student, scored, objective, parts.how)
+                golden = self._add_golden_answers(prompts, objective)
                 grad_norm = parts.student.gradient_norm()
                 guards.refuse_non_finite(result, grad_norm, rollouts, parts.pair.tokenizer, step)
                 update = parts.student.update(step, grad_norm)
@@ -153,22 +161,63 @@ class _Training:
                 clock.lap("update")
 
                 done = step + 1
-                metrics = step_metrics(scored, result, parts.objective, parts.sampling)
+                metrics = step_metrics(scored, result, objective, parts.sampling)
+                metrics |= stability_metrics(result, golden, objective)
+                self._reference_kl.observe(metrics.get("reference_kl/mean", 0.0))
+                metrics["repetition"] = repetition(rollouts, parts.pair.tokenizer, parts.sampling.max_new_tokens)
                 metrics |= {"grad_norm": update.grad_norm, "lr": update.lr, **clock.metrics(result.num_loss_tokens)}
                 self._run.append("metrics", {"step": step, **metrics})
                 if step == 0 and (warning := guards.mismatch_warning(metrics)):
                     self._observer.warn(warning)
                 if step % self._recipe.log.rollouts_every == 0 or done == config.steps:
-                    self._run.append("positions", *position_records(step, result, parts.objective))
+                    self._run.append("positions", *position_records(step, result, objective))
                     count = self._recipe.log.rollouts
-                    self._run.append("rollouts", *rollout_records(step, scored, result, parts.pair.tokenizer, count))
+                    self._run.append(
+                        "rollouts", *rollout_records(step, scored, result, objective, parts.pair.tokenizer, count)
+                    )
                 self._observer.on_step(done, config.steps, metrics)
                 if _is_due(done, self._recipe.evaluation.every) and done < config.steps and parts.problems:
                     self._evaluate(f"{done:06d}", parts.student_engine, f"student at step {done}")
+                if alarm := self._guard.observe(step, metrics):
+                    self._heed(alarm)
                 if _is_due(done, self._recipe.checkpoint.every) or done == config.steps or stop.requested:
                     self._checkpoint(done)
                 if stop.requested and done < config.steps:
                     raise KeyboardInterrupt
+
+    def _objective_at(self, step: int) -> Objective:
+        """The objective with the coefficients of this step."""
+        steps = self._recipe.train.steps
+        return self._parts.objective.at(
+            step / steps, reference_kl=self._reference_kl.at(step, steps), golden=self._golden.at(step, steps)
+        )
+
+    def _add_golden_answers(self, prompts: Sequence[Prompt], objective: Objective) -> GradientResult | None:
+        """Add the weighted cross-entropy of the prompts' golden answers to the gradient, a mean over their tokens."""
+        if not objective.golden_weight:
+            return None
+        answers = GoldenEngine().generate(prompts, self._parts.sampling, seed=0)
+        scored = [ScoredRollout(answer) for answer in answers]
+        student, how = self._parts.student, self._parts.how
+        return accumulate_gradient(student, scored, build("sft"), how, weight=objective.golden_weight)
+
+    def _heed(self, alarm: guards.Alarm) -> None:
+        """Do what the recipe says of a collapse.
+
+        Raises:
+            CollapseError: it says stop; a checkpoint of this step is saved.
+        """
+        action = self._recipe.guard.action
+        if action == "stop":
+            done = alarm.step + 1
+            self._checkpoint(done)
+            raise CollapseError(
+                f"{alarm.text}. guard.action stop: the checkpoint of step {done} is kept, go on all the same with "
+                "--resume --set guard.action=warn"
+            )
+        if action == "raise_reference_kl":
+            self._reference_kl.raise_()
+        self._observer.warn(alarm.text + (". The reference KL is doubled" if action == "raise_reference_kl" else ""))
 
     def _evaluate(self, place: str, engine: RolloutEngine, name: str) -> dict[str, Any]:
         """Evaluate, unless an interrupted session of this run has done so already."""
@@ -201,7 +250,12 @@ class _Training:
             RunError: it cannot be written.
         """
         root = self._run.path / CHECKPOINTS
-        state = {"student": self._parts.student.state(), "random": checkpoint.random_states()}
+        state = {
+            "student": self._parts.student.state(),
+            "random": checkpoint.random_states(),
+            "guard": self._guard.state(),
+            "reference_kl": self._reference_kl.state(),
+        }
         meta = {"step": step, "seconds": self._seconds(), "logs": self._run.log_sizes()}
         try:
             checkpoint.save(root, step, state, meta, keep=self._recipe.checkpoint.keep)
@@ -223,6 +277,8 @@ class _Training:
         self._parts.student.load_state(state["student"])
         self._parts.engine.update_weights(version=meta["step"])
         checkpoint.set_random_states(state["random"])
+        self._guard.load_state(state["guard"])
+        self._reference_kl.load_state(state["reference_kl"])
         self._run.rewind_logs(meta["logs"])
         self._seconds_before = meta["seconds"]
         self._observer.say(f"resumed at step {meta['step']}")

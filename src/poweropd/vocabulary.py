@@ -1,6 +1,6 @@
-"""What two models must share to speak of the same tokens: ids, real vocabulary size, end tokens."""
+"""What models must share to speak of the same tokens: ids, real vocabulary size, end tokens."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,11 +17,20 @@ def real_vocab_size(tokenizer: PreTrainedTokenizerBase, head_rows: int) -> int:
 
 
 def shared_vocab_size(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, student_rows: int, teacher_rows: int
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    student_rows: int,
+    teacher_rows: int,
+    *,
+    name: str = "teacher",
 ) -> int:
     """The ids below this number mean the same token to both models; at or above it both only have padding or extras.
 
     Qwen2.5 pads its head to 151,936 or 152,064 rows according to model size; both have the same 151,665 tokens.
+
+    Args:
+        student_rows, teacher_rows: of their LM heads.
+        name: what messages call the teacher.
 
     Raises:
         ModelError: an id below that number means different tokens.
@@ -34,7 +43,7 @@ def shared_vocab_size(
     if different:
         first = different[0]
         raise ModelError(
-            f"student and teacher have different tokenizers: {len(different)} of {size} ids differ, first id {first} "
+            f"student and {name} have different tokenizers: {len(different)} of {size} ids differ, first id {first} "
             f"({student_tokens.get(first)!r} and {teacher_tokens.get(first)!r}). Choose two models of one family"
         )
     return size
@@ -53,32 +62,33 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 @dataclass(frozen=True)
 class EndTokens:
-    """How an answer ends, when student and teacher may have learnt different end tokens.
+    """How an answer ends, when student and teachers may have learnt different end tokens.
 
     A base student ends with `<|endoftext|>`, its chat teacher with `<|im_end|>`. Scored as they stand, the teacher finds
     the student's way of ending almost impossible, and the student learns never to end. The policies:
 
-    * `map`: ending is one event however it is spelt. Both models' probabilities of all end tokens are summed into one
+    * `map`: ending is one event however it is spelt. Every model's probabilities of all end tokens are summed into one
       outcome (`LMHead.end_ids`), in every objective. With equal end tokens nothing changes.
     * `mask`: the final end token is not trained on. Nothing then teaches the student when to stop.
     * `keep`: every token is scored as it stands.
 
     Attributes:
-        student, teacher: end token ids of each model.
+        student: its end token ids.
+        teachers: those of each teacher, by name.
     """
 
     student: tuple[int, ...]
-    teacher: tuple[int, ...]
+    teachers: Mapping[str, tuple[int, ...]]
     policy: EndTokenPolicy = "map"
 
     @property
     def differ(self) -> bool:
-        return set(self.student) != set(self.teacher)
+        return any(set(self.student) != set(ids) for ids in self.teachers.values())
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end a rollout: either model's."""
-        return tuple(dict.fromkeys(self.student + self.teacher))
+        """Tokens that end a rollout: those of any model."""
+        return tuple(dict.fromkeys(id for ids in (self.student, *self.teachers.values()) for id in ids))
 
     @property
     def masked_ids(self) -> tuple[int, ...]:
