@@ -8,6 +8,7 @@ import yaml
 from conftest import RECIPE, ROOT
 from poweropd.config import Recipe, load_recipe, parse_recipe
 from poweropd.errors import ConfigError
+from poweropd.recipes import section_in
 
 BARE = {
     "student": {"model": "s"},
@@ -140,11 +141,21 @@ def test_every_setting_says_what_it_means() -> None:
     def undocumented(section: type, prefix: str) -> list[str]:
         found = []
         for name, field in section.model_fields.items():
-            inner = field.annotation
-            if isinstance(inner, type) and hasattr(inner, "model_fields"):
+            inner = section_in(field.annotation)
+            if inner is not None:
                 found += undocumented(inner, f"{prefix}{name}.")
             elif not field.description:
                 found.append(prefix + name)
         return found
 
     assert set(undocumented(Recipe, "")) <= {"optimizer.betas", "optimizer.eps", "optimizer.weight_decay"}
+
+
+def test_a_recipe_that_extends_another_may_name_another_objective(tmp_path: Path) -> None:
+    path = tmp_path / "child.yaml"
+    path.write_text(f"extends: {RECIPE}\nobjective: {{name: tanh, tau: 2}}\n")
+    assert load_recipe(path).objective.build().shown == {"tau": 2.0}
+    path.write_text(f"extends: {RECIPE}\nobjective: reverse_kl\n")
+    assert load_recipe(path).objective.build().shown == {}
+    path.write_text(f"extends: {RECIPE}\nobjective: {{alpha: 3}}\n")
+    assert load_recipe(path).objective.build().shown == {"alpha": 3.0}

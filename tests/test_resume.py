@@ -194,3 +194,29 @@ def test_the_run_directory_is_the_whole_record(unbroken: Path) -> None:
     assert manifest["status"] == "finished"
     rollout = json.loads((unbroken / "rollouts.jsonl").read_text().splitlines()[0])
     assert len(rollout["tokens"]) == len(rollout["weights"]) == len(rollout["teacher_logprobs"])
+
+
+def test_a_student_held_by_reference_and_golden_answers_resumes_too(tmp_path: Path) -> None:
+    """The reference is the student before the first step, and its coefficient is where it was."""
+    held = [
+        "train.steps=5",
+        "evaluation.data=null",
+        "objective={name: log_ratio, reference_kl: 0.5, reference_kl_schedule: adaptive, reference_kl_target: 1.0e-4, "
+        "golden: 0.1, golden_schedule: linear, discount: 0.5}",
+        "rollout.sources={student: 0.5, teacher: 0.3, golden: 0.2}",
+    ]
+    sets = [*SETS, *(part for setting in held for part in ("--set", setting))]
+    finish(start(tmp_path / "unbroken", str(RECIPE), *sets))
+    out = tmp_path / "run"
+    process = start(out, str(RECIPE), *sets)
+    while steps_logged(out) < 3 and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (out / "summary.json").exists(), "the run ended before it could be killed"
+    finish(start(out, "--resume"))
+    assert log(out) == log(tmp_path / "unbroken")
+    coefficients = [line["reference_kl/coefficient"] for line in log(out)]
+    assert len(set(coefficients)) == 5  # it did move, and went on from where it was
+    golden = [line.get("golden/coefficient", 0.0) for line in log(out)]
+    assert golden == pytest.approx([0.1, 0.075, 0.05, 0.025, 0.0])

@@ -1,6 +1,7 @@
 """The gradient of a step: what it must not depend on, and how many forwards it takes."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from poweropd.batching import collate
 from poweropd.models import hidden_states
 from poweropd.objectives import OBJECTIVES, Objective, build
 from poweropd.policy import Student
+from poweropd.teacher.ensemble import MixtureTeacher, RoutedTeacher
 from poweropd.teacher.hf import HFTeacher
-from poweropd.teacher.scorer import judge
+from poweropd.teacher.scorer import TeacherScorer, judge
 from poweropd.types import Rollout, ScoredRollout
 from poweropd.update import GradientResult, MicroBatches, accumulate_gradient
 
@@ -22,7 +24,7 @@ LENGTHS = [(3, 9), (7, 2), (1, 1), (5, 14), (2, 6)]
 
 def gradient_of(
     student: Student,
-    teacher: HFTeacher,
+    teacher: TeacherScorer,
     rollouts: list[Rollout],
     objective: Objective | str,
     tokens: int = 10_000,
@@ -37,6 +39,16 @@ def gradient_of(
     scored = judge(rollouts, objective, teacher, reference)
     result = accumulate_gradient(student, scored, objective, MicroBatches(tokens=tokens, pad_id=0, **settings))
     return result, torch.cat([p.grad.flatten() for p in student.model.parameters() if p.grad is not None])
+
+
+def logprobs_of(model: torch.nn.Module, rollouts: list[Rollout]) -> Tensor:
+    """[N, 512] of all response tokens, every logit built."""
+
+    def rows(rollout: Rollout) -> Tensor:
+        ids = torch.tensor([rollout.prompt.prompt_ids + rollout.response_ids])
+        return model(input_ids=ids).logits[0, len(rollout.prompt.prompt_ids) - 1 : -1, :512].log_softmax(-1)
+
+    return torch.cat([rows(rollout) for rollout in rollouts])
 
 
 @pytest.fixture
@@ -77,13 +89,7 @@ def test_gradient_equals_plain_autograd_over_all_logits(
     """The whole path, models included, against a loop over rollouts that builds every logit."""
     student, rollouts = make_student(), make_rollouts(LENGTHS)
     _, gradient = gradient_of(student, teacher, rollouts, name, tokens=30)
-
-    def logprobs(model: torch.nn.Module, rollout: Rollout) -> Tensor:
-        ids = torch.tensor([rollout.prompt.prompt_ids + rollout.response_ids])
-        return model(input_ids=ids).logits[0, len(rollout.prompt.prompt_ids) - 1 : -1, :512].log_softmax(-1)
-
-    q = torch.cat([logprobs(student.model, rollout) for rollout in rollouts])
-    p = torch.cat([logprobs(teacher._model, rollout) for rollout in rollouts]).detach()
+    q, p = logprobs_of(student.model, rollouts), logprobs_of(teacher._model, rollouts).detach()
     tokens = torch.cat([torch.tensor(rollout.response_ids) for rollout in rollouts])[:, None]
     chosen, reference = q.gather(1, tokens)[:, 0], p.gather(1, tokens)[:, 0]
     ratio = (reference - chosen).detach()
@@ -94,6 +100,40 @@ def test_gradient_equals_plain_autograd_over_all_logits(
         "reverse_kl": lambda: (q.exp() * (q - p)).sum(-1).mean(),
         "forward_kl": lambda: (p.exp() * (p - q)).sum(-1).mean(),
     }[name]()
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(student.model.parameters()))])
+    assert (gradient - expected).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("tokens", [1, 30, 10_000])
+@pytest.mark.parametrize("name", ["power", "reverse_kl", "forward_kl estimator=top_k"])
+def test_two_teachers_give_the_sum_of_their_gradients(
+    name: str, tokens: int, make_student: Callable[..., Student], teacher: HFTeacher
+) -> None:
+    """Each weighted by its share of the step's tokens, whatever the micro-batches."""
+    by_name = {"a": teacher, "b": HFTeacher(make_model(hidden_size=20, seed=2), vocab_size=512)}
+    student, owners = make_student(), "abbab"
+    rollouts = [
+        replace(rollout, prompt=replace(rollout.prompt, teacher=owner))
+        for rollout, owner in zip(make_rollouts(LENGTHS), owners, strict=True)
+    ]
+    row, *settings = name.split()
+    objective = build(row, **dict(setting.split("=") for setting in settings))
+    _, gradient = gradient_of(student, RoutedTeacher(by_name), rollouts, objective, tokens)
+    total = sum(map(len, rollouts))
+    expected = torch.zeros_like(gradient)
+    for owner, own_teacher in by_name.items():
+        own = [rollout for rollout in rollouts if rollout.prompt.teacher == owner]
+        expected += gradient_of(student, own_teacher, own, objective)[1] * sum(map(len, own)) / total
+    assert (gradient - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_a_mixtures_gradient_equals_plain_autograd(make_student: Callable[..., Student], teacher: HFTeacher) -> None:
+    student, rollouts = make_student(), make_rollouts(LENGTHS)
+    members = [teacher, HFTeacher(make_model(hidden_size=20, seed=2), vocab_size=512)]
+    _, gradient = gradient_of(student, MixtureTeacher(members, [0.6, 0.4]), rollouts, "reverse_kl", tokens=30)
+    q = logprobs_of(student.model, rollouts)
+    first, second = (logprobs_of(member._model, rollouts).exp().detach() for member in members)
+    loss = (q.exp() * (q - (0.6 * first + 0.4 * second).log())).sum(-1).mean()
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(student.model.parameters()))])
     assert (gradient - expected).norm() <= 1e-4 * expected.norm()
 

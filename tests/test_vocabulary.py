@@ -53,7 +53,7 @@ def test_end_tokens_come_from_generation_config_config_and_tokenizer(tokenizer: 
     ],
 )
 def test_policies(student: tuple, teacher: tuple, policy: str, merged: tuple, masked: tuple) -> None:
-    ends = EndTokens(student, teacher, policy)  # type: ignore[arg-type]
+    ends = EndTokens(student, {"teacher": teacher}, policy)  # type: ignore[arg-type]
     assert ends.differ == (set(student) != set(teacher))
     assert set(ends.stop_ids) == {*student, *teacher}
     assert ends.merged_ids == merged

@@ -109,9 +109,9 @@ def _dry_run(recipe: Any) -> None:
     from poweropd.models import is_local
 
     console.print(recipe.to_yaml(), markup=False, end="")
-    remote = [name for name in (recipe.student.model, recipe.teacher.model) if not is_local(name)]
-    if recipe.data.source == "hub":
-        remote.append(recipe.data.path)
+    models = [recipe.student.model, *(teacher.model for teacher in recipe.named_teachers.values())]
+    remote = [name for name in models if not is_local(name)]
+    remote += [data.path for data in recipe.data_sections.values() if data.source == "hub"]
     if remote:
         console.print(
             f"The recipe is valid. Not looked at, because they are not on this machine: {', '.join(remote)}. "

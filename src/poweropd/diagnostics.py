@@ -41,8 +41,14 @@ def step_metrics(
     metrics["length/max"] = lengths.max().item()
     metrics["truncation"] = sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts)
     reshaped = sampling.temperature != 1 or sampling.top_k or sampling.top_p < 1 or sampling.min_p > 0
-    if not reshaped and objective.needs != "nothing":  # else the sampler drew from another distribution, or nothing
+    sources = {rollout.source for rollout in rollouts}
+    if not reshaped and "student" in sources:  # else the sampler drew from another distribution, or nothing
         metrics["rollout/mismatch"] = sampler_gap(scored, result.terms)
+        if (
+            sources == {"student"}
+            and (estimate := objective.divergence_estimate(logprobs, teacher_logprobs)) is not None
+        ):
+            metrics["divergence/estimate"] = estimate.mean().item()
     return metrics
 
 

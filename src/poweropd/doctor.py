@@ -6,8 +6,8 @@ from typing import Literal
 
 import torch
 
-from poweropd.assembly import Parts, assemble
-from poweropd.config import Recipe
+from poweropd.assembly import Parts, assemble, head_rows
+from poweropd.config import Recipe, label
 from poweropd.diagnostics import sampler_gap
 from poweropd.guards import MISMATCH_ALARM
 from poweropd.rollout.engine import Sampling
@@ -37,38 +37,46 @@ def examine(recipe: Recipe) -> Iterator[Check]:
     """
     parts = assemble(recipe)
     checks: list[Callable[[Recipe, Parts], Check]] = [
-        _vocabulary, _end_tokens, _chat_template, _data, _context, _memory, _teacher_determinism, _sampler_parity,
+        _vocabulary, _end_tokens, _chat_template, _data, _context, _memory,
     ]  # fmt: skip
     for check in checks:
         yield check(recipe, parts)
+    rollouts = _probe(parts)
+    for name in parts.teachers:
+        yield _determinism(name, parts, rollouts)
+    yield _sampler_parity(parts, rollouts)
 
 
 def _vocabulary(recipe: Recipe, parts: Parts) -> Check:
-    pair = parts.pair
-    rows = [model.get_output_embeddings().weight.shape[0] for model in (pair.student, pair.teacher)]
+    rows = ", ".join(f"{head_rows(model)} ({name})" for name, model in parts.pair.models.items())
     return Check(
         "vocabulary",
         "ok",
-        f"{pair.vocab_size} shared tokens; LM heads have {rows[0]} (student) and {rows[1]} (teacher) rows, "
-        "padding rows never get probability",
+        f"{parts.pair.vocab_size} shared tokens; LM heads have {rows} rows, padding rows never get probability",
     )
 
 
 def _end_tokens(recipe: Recipe, parts: Parts) -> Check:
     pair = parts.pair
     if not pair.end_tokens.differ:
-        return Check("end tokens", "ok", f"both models end answers alike: {pair.end_tokens.stop_ids}")
+        return Check("end tokens", "ok", f"all models end answers alike: {pair.end_tokens.stop_ids}")
     verdict: Literal["ok", "warn"] = "warn" if pair.end_tokens.policy == "keep" else "ok"
     return Check("end tokens", verdict, pair.introduction()[-1])
 
 
 def _chat_template(recipe: Recipe, parts: Parts) -> Check:
-    student, teacher = parts.pair.tokenizer.chat_template, parts.pair.teacher_tokenizer.chat_template
-    if not recipe.data.chat:
+    if not any(section.chat for section in recipe.data_sections.values()):
         return Check("chat template", "ok", "not used: data.chat is false")
-    if student and teacher and student != teacher:
-        return Check("chat template", "warn", "student and teacher have different templates; the student's is used")
-    return Check("chat template", "ok", "the student's" if student else "the teacher's; the student has none")
+    tokenizers = {"student": parts.pair.tokenizer}
+    tokenizers |= {label(name): tokenizer for name, tokenizer in parts.pair.teacher_tokenizers.items()}
+    templates = {name: tokenizer.chat_template for name, tokenizer in tokenizers.items() if tokenizer.chat_template}
+    used, *others = templates
+    different = [name for name in others if templates[name] != templates[used]]
+    if different:
+        return Check(
+            "chat template", "warn", f"{used} and {', '.join(different)} have different templates; the {used}'s is used"
+        )
+    return Check("chat template", "ok", f"the {used}'s{'' if used == 'student' else '; the student has none'}")
 
 
 def _data(recipe: Recipe, parts: Parts) -> Check:
@@ -89,8 +97,10 @@ def _context(recipe: Recipe, parts: Parts) -> Check:
 
 def _memory(recipe: Recipe, parts: Parts) -> Check:
     student = sum(p.numel() for p in parts.pair.student.parameters())
-    teacher = sum(p.numel() * p.element_size() for p in parts.pair.teacher.parameters())
-    needed = (16 * student + teacher) / GIB  # fp32 weights, gradients and two AdamW moments
+    teachers = [p for model in parts.pair.teachers.values() for p in model.parameters()]
+    needed = (
+        16 * student + sum(p.numel() * p.element_size() for p in teachers)
+    ) / GIB  # fp32 weights, gradients and two AdamW moments
     if parts.pair.student.device.type == "cuda":
         available = torch.cuda.get_device_properties(parts.pair.student.device).total_memory / GIB
     else:
@@ -114,24 +124,23 @@ def _probe(parts: Parts) -> list[Rollout]:
     return parts.student_engine.generate(parts.stream.take(0, 2), sampling, seed=0)
 
 
-def _teacher_determinism(recipe: Recipe, parts: Parts) -> Check:
-    rollouts = _probe(parts)
-    together, again = (parts.teacher.score(rollouts, needs="sampled") for _ in range(2))
-    alone = [parts.teacher.score([rollout], needs="sampled")[0] for rollout in rollouts]
+def _determinism(name: str, parts: Parts, rollouts: list[Rollout]) -> Check:
+    teacher = parts.teachers[name]
+    together, again = (teacher.score(rollouts, needs="sampled") for _ in range(2))
+    alone = [teacher.score([rollout], needs="sampled")[0] for rollout in rollouts]
 
     def gap(others: list) -> float:
         return max((a.logprobs - b.logprobs).abs().max().item() for a, b in zip(together, others, strict=True))
 
     repeat, batching = gap(again), gap(alone)
     # bf16 matmuls round differently in another batch shape
-    limit = DETERMINISM_TOLERANCE if next(parts.pair.teacher.parameters()).dtype == torch.float32 else 0.25
+    limit = DETERMINISM_TOLERANCE if next(parts.pair.teachers[name].parameters()).dtype == torch.float32 else 0.25
     verdict: Literal["ok", "fail"] = "ok" if repeat <= DETERMINISM_TOLERANCE and batching <= limit else "fail"
     message = f"scores of one text differ by {repeat:.1e} when repeated, {batching:.1e} when batched (nats)"
-    return Check("teacher determinism", verdict, message)
+    return Check(f"{label(name)} determinism", verdict, message)
 
 
-def _sampler_parity(recipe: Recipe, parts: Parts) -> Check:
-    rollouts = _probe(parts)
+def _sampler_parity(parts: Parts, rollouts: list[Rollout]) -> Check:
     scored = judge(rollouts, parts.objective, parts.teacher, parts.reference)
     result = accumulate_gradient(parts.student, scored, parts.objective, parts.how)
     parts.student.optimizer.zero_grad()

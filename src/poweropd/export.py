@@ -51,14 +51,14 @@ def export_student(
     student.save(partial)
     card = CARD.format(
         student=recipe.student.model,
-        teacher=recipe.teacher.model,
+        teacher=" and ".join(dict.fromkeys(config.model for config in recipe.named_teachers.values())),
         folder=folder,
         objective=recipe.objective.build(),
         steps=recipe.train.steps,
         prompts=recipe.train.prompts_per_step,
         lr=recipe.optimizer.lr,
         seed=recipe.train.seed,
-        data=recipe.data.path or ", ".join(recipe.data.families),
+        data=", ".join(data.path or ", ".join(data.families) for data in recipe.data_sections.values()),
         stop_ids=list(stop_ids),
         results=_results(evaluations),
     )

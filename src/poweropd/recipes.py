@@ -19,7 +19,7 @@ NOT_NAMES = {"[key]", "one section", "several sections"}  # of pydantic, in the 
 class _Loader(yaml.SafeLoader):
     """Refuses a key that is written twice, of which YAML takes the last in silence."""
 
-    def compose_mapping_node(self, anchor: str | None) -> Any:
+    def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
@@ -48,7 +48,12 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
             f"recipe {path} holds a {type(values).__name__}; sections such as student, teacher, data are needed"
         )
     parent = values.pop("extends", None)
-    return values if parent is None else _merge(read(path.parent / parent, (*seen, path.resolve())), values)
+    if parent is None:
+        return values
+    below = read(path.parent / parent, (*seen, path.resolve()))
+    objective = values.get("objective")
+    name = objective.get("name") if isinstance(objective, dict) else objective
+    return _merge(below if name is None else _without_settings_of_other_objective(below, name), values)
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 
 from poweropd import checkpoint, guards
 from poweropd.assembly import assemble
-from poweropd.config import Recipe, load_recipe
+from poweropd.config import Recipe, label, load_recipe
 from poweropd.diagnostics import (
     Clock,
     position_records,
@@ -33,7 +33,7 @@ from poweropd.teacher.scorer import judge
 from poweropd.types import Prompt, ScoredRollout
 from poweropd.update import GradientResult, accumulate_gradient
 
-TEACHER, UNTRAINED = "teacher", "000000"  # places below eval/; those of trained students are named by step
+UNTRAINED = "000000"  # a place below eval/; those of trained students are named by step
 MAY_CHANGE_ON_RESUME = {"train": {"steps"}, "checkpoint": True, "guard": True, "log": True, "evaluation": {"every"}}
 
 
@@ -65,7 +65,7 @@ def train(
             return
         run.set_status("running")
         if known_evaluations is not None:
-            for place in (TEACHER, UNTRAINED):
+            for place in (*map(_place, recipe.judges), UNTRAINED):
                 shutil.copytree(known_evaluations / place, out / "eval" / place)
         try:
             _Training(recipe, run, observer).run()
@@ -126,7 +126,8 @@ class _Training:
         evaluations: dict[str, dict[str, Any]] = {}
         if parts.problems:
             if recipe.evaluation.teacher:
-                evaluations["teacher"] = self._evaluate(TEACHER, parts.teacher_engine, "teacher")
+                for name, engine in parts.teacher_engines.items():
+                    evaluations[_place(name)] = self._evaluate(_place(name), engine, label(name))
             evaluations["before"] = self._evaluate(UNTRAINED, parts.student_engine, "student before")
         self._loop(start)
         if parts.problems:
@@ -283,6 +284,11 @@ class _Training:
         self._seconds_before = meta["seconds"]
         self._observer.say(f"resumed at step {meta['step']}")
         return int(meta["step"])
+
+
+def _place(teacher: str) -> str:
+    """Where below eval/ the evaluation of a teacher lies: `teacher`, or `teacher-math`."""
+    return label(teacher).replace(" ", "-")
 
 
 def step_seed(seed: int, step: int) -> int:

@@ -301,6 +301,28 @@ def test_a_missing_form_is_refused_with_alternatives() -> None:
         build("tip").top_k(two, two)
     with pytest.raises(ValueError, match=r"leave_one_out compares the rollouts of one prompt"):
         build("power", baseline="leave_one_out").sampled(two, two)
+    with pytest.raises(ValueError, match=r"along the vocabulary, and the rest along tokens"):
+        build("vopd", discount=1).sampled(two, two)
+
+
+def test_a_limit_changes_nothing_within_it() -> None:
+    q, p = torch.tensor([0.2, 0.3, 0.5]).log(), torch.tensor([0.6, 0.3, 0.1]).log()
+    for name in ("reverse_kl", "forward_kl", "jeffreys"):
+        for gauge in ("zero", "opd_plus", "stop_gradient"):
+            wide, free = (build(name, estimator="sampled", gauge=gauge, **s) for s in ({"ratio_limit": 20}, {}))
+            torch.testing.assert_close(wide.sampled(q, p), free.sampled(q, p))
+            torch.testing.assert_close(wide.full(q, p), free.full(q, p))
+
+
+def test_aopd_gives_the_gated_reward() -> None:
+    got = build("aopd").sampled(torch.tensor([0.9, 0.1]).log(), torch.tensor([0.25, 0.75]).log())
+    torch.testing.assert_close(got, torch.tensor([0.0, 7.5]).clamp(min=1).log())
+
+
+def test_what_the_stop_gradient_form_follows() -> None:
+    stopped = {"estimator": "sampled", "gauge": "stop_gradient"}
+    assert build("forward_kl", **stopped).gradient_of.startswith("nothing")
+    assert build("reverse_kl", **stopped).gradient_of.startswith("-KL(q || p)")
 
 
 def test_what_each_needs_of_the_teacher() -> None:

@@ -13,7 +13,7 @@ from poweropd.errors import ConfigError
 from poweropd.rollout.engine import RolloutEngine, Sampling
 from poweropd.rollout.golden import GoldenEngine
 from poweropd.rollout.hf import HFEngine
-from poweropd.rollout.sources import SourceEngine
+from poweropd.rollout.sources import RoutedEngine, SourceEngine
 from poweropd.types import Prompt
 
 SAMPLING = Sampling(stop_ids=(END, CHAT_END), max_new_tokens=12, samples_per_prompt=3)
@@ -21,7 +21,10 @@ SAMPLING = Sampling(stop_ids=(END, CHAT_END), max_new_tokens=12, samples_per_pro
 
 def make_prompts() -> list[Prompt]:
     lengths = [(3, 5), (9, 2), (1, 20), (6, 12)]
-    return [replace(rollout.prompt, golden_ids=rollout.response_ids) for rollout in make_rollouts(lengths)]
+    return [
+        replace(rollout.prompt, golden_ids=rollout.response_ids, teacher=teacher)
+        for rollout, teacher in zip(make_rollouts(lengths), "abba", strict=True)
+    ]
 
 
 def make_hf(model: PreTrainedModel, **settings: object) -> HFEngine:
@@ -41,6 +44,7 @@ ENGINES: dict[str, Callable[[], RolloutEngine]] = {
     "two sources": lambda: SourceEngine(
         {"student": make_mixture(0.3), "teacher": make_hf(make_model(seed=1))}, {"student": 0.5, "teacher": 0.5}
     ),
+    "routed": lambda: RoutedEngine({"a": make_hf(make_model()), "b": make_hf(make_model(seed=1))}),
     "fake": FakeEngine,
 }
 

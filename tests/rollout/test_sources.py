@@ -19,7 +19,7 @@ from poweropd.errors import ConfigError
 from poweropd.rollout.engine import Sampling
 from poweropd.rollout.golden import GoldenEngine
 from poweropd.rollout.hf import HFEngine
-from poweropd.rollout.sources import SourceEngine
+from poweropd.rollout.sources import RoutedEngine, SourceEngine
 from poweropd.types import Prompt, Rollout, Source
 
 MIXING = 0.3
@@ -210,6 +210,28 @@ def test_the_teachers_rollouts_are_those_of_its_own_engine(models: tuple[PreTrai
         asked = [prompt for prompt in prompts if prompt.id in {rollout.prompt.id for rollout in got}]
         assert 0 < len(asked) < len(prompts)
         assert got == engines[source].generate(asked, SAMPLING, seed=4)
+
+
+def test_a_routed_prompt_is_answered_as_by_its_own_engine_alone(
+    models: tuple[PreTrainedModel, PreTrainedModel],
+) -> None:
+    engines = {"a": engine_of(models[0]), "b": engine_of(models[1])}
+    prompts = [replace(prompt, teacher="aab"[index % 3]) for index, prompt in enumerate(make_prompts(9))]
+    rollouts = RoutedEngine(engines).generate(prompts, SAMPLING, seed=4)
+    assert [rollout.prompt.id for rollout in rollouts] == [prompt.id for prompt in prompts for _ in range(3)]
+    for name, engine in engines.items():
+        own = [prompt for prompt in prompts if prompt.teacher == name]
+        assert [r for r in rollouts if r.prompt.teacher == name] == engine.generate(own, SAMPLING, seed=4)
+
+
+def test_a_mixture_of_three_reports_its_own_probabilities(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
+    every = [*models, make_model(rows=VOCABULARY, seed=2)]
+    engine = engine_of(every[0], mixed_in=[(every[1], 0.3), (every[2], 0.2)])
+    for rollout in engine.generate(make_prompts(), SAMPLING, seed=1):
+        parts = [next_probabilities(model, rollout.prompt, rollout.response_ids) for model in every]
+        mixed = 0.5 * parts[0] + 0.3 * parts[1] + 0.2 * parts[2]
+        expected = mixed[range(len(rollout)), list(rollout.response_ids)].log()
+        torch.testing.assert_close(torch.tensor(rollout.rollout_logprobs), expected, rtol=0, atol=1e-4)
 
 
 SMALL = ["data.limit=20", "evaluation.data=null", "sampling.max_new_tokens=8"]

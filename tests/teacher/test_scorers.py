@@ -1,27 +1,49 @@
 """The contract of teachers, which every implementation runs; then what only the HF teacher promises."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from conftest import CHAT_END, END, make_model, make_rollouts
 from fakes import FakeTeacher
-from poweropd.objectives.lm_head import head_logits
+from poweropd.objectives.lm_head import LogProbs, head_logits
+from poweropd.teacher.ensemble import MixtureTeacher, RoutedTeacher
 from poweropd.teacher.hf import HFTeacher
 from poweropd.teacher.scorer import TeacherScorer
-from poweropd.types import TeacherScores
+from poweropd.types import Rollout, TeacherScores
 
 LENGTHS = [(3, 5), (9, 2), (1, 20), (6, 12), (2, 1)]
+WEIGHTS = [0.7, 0.3]
+
+
+def make_two(**settings: object) -> list[HFTeacher]:
+    """Of different width, their heads padded differently."""
+    models = make_model(), make_model(hidden_size=24, rows=528, seed=1)
+    return [HFTeacher(model, vocab_size=512, **settings) for model in models]
+
+
 TEACHERS: dict[str, Callable[[], TeacherScorer]] = {
     "hf": lambda: HFTeacher(make_model(), vocab_size=512),
+    "mixture": lambda: MixtureTeacher(make_two(), WEIGHTS),
+    "mixture in small batches": lambda: MixtureTeacher(make_two(), WEIGHTS, tokens_per_batch=20),
+    "routed": lambda: RoutedTeacher(dict(zip("ab", make_two(), strict=True))),
+    "routed to a mixture": lambda: RoutedTeacher({"a": MixtureTeacher(make_two(), WEIGHTS), "b": make_two()[1]}),
     "fake": FakeTeacher,
 }
 
 
+def routed(rollouts: list[Rollout]) -> list[Rollout]:
+    """Every other prompt names the other teacher."""
+    names = ["ab"[index % 2] for index in range(len(rollouts))]
+    return [replace(r, prompt=replace(r.prompt, teacher=name)) for r, name in zip(rollouts, names, strict=True)]
+
+
 @pytest.mark.parametrize("name", TEACHERS)
 def test_contract(name: str) -> None:
-    teacher, rollouts = TEACHERS[name](), make_rollouts(LENGTHS)
+    teacher, rollouts = TEACHERS[name](), routed(make_rollouts(LENGTHS))
     sampled = teacher.score(rollouts, needs="sampled")
     for rollout, scores in zip(rollouts, sampled, strict=True):
         assert scores.logprobs is not None
@@ -78,3 +100,61 @@ def test_merged_end_tokens_raise_the_score_of_the_last_token_alone() -> None:
         assert other.logprobs is not None
         torch.testing.assert_close(one.logprobs[:-1], other.logprobs[:-1])
         assert other.logprobs[-1] > one.logprobs[-1]
+
+
+@torch.no_grad()
+def probabilities(teacher: HFTeacher, rollout: Rollout, ends: tuple[int, ...]) -> Tensor:
+    """[T, 512] of plain softmax, the end tokens as one outcome under the first of them."""
+    ids = torch.tensor([rollout.prompt.prompt_ids + rollout.response_ids])
+    start = len(rollout.prompt.prompt_ids) - 1
+    every = teacher._model(input_ids=ids).logits[0, start:-1, :512].softmax(-1)
+    if ends:
+        every[:, ends[0]] = every[:, list(ends)].sum(1)
+        every[:, list(ends[1:])] = 0
+    return every
+
+
+@pytest.mark.parametrize("ends", [(), (END, CHAT_END)])
+def test_a_mixture_is_one_of_probabilities(ends: tuple[int, ...]) -> None:
+    """Its scores, entropies and likeliest tokens are those of `sum_i w_i p_i`, and so is its distribution."""
+    members, rollouts = make_two(end_ids=ends), make_rollouts(LENGTHS)
+    mixture = MixtureTeacher(members, WEIGHTS, tokens_per_batch=30)
+    sampled, top, full = (mixture.score(rollouts, needs=needs, k=4) for needs in ("sampled", "top_k", "full"))
+    for place, rollout in enumerate(rollouts):
+        mixed = sum(w * probabilities(m, rollout, ends) for w, m in zip(WEIGHTS, members, strict=True))
+        close = {"rtol": 1e-4, "atol": 1e-5}
+        expected = mixed[range(len(rollout)), list(rollout.response_ids)].log()
+        for scores in (sampled[place], top[place]):
+            torch.testing.assert_close(scores.logprobs, expected, **close)
+            torch.testing.assert_close(scores.entropies, torch.special.entr(mixed).sum(1), **close)
+        likeliest = mixed.topk(4, dim=1)
+        assert torch.equal(top[place].top_ids, likeliest.indices)
+        torch.testing.assert_close(top[place].top_logprobs, likeliest.values.log(), **close)
+        assert full[place].distribution.weights == tuple(WEIGHTS)
+        reader = LogProbs(full[place].distribution)
+        reader.enter(slice(0, len(rollout)))
+        torch.testing.assert_close(reader.of(slice(0, len(rollout))).exp(), mixed, **close)
+
+
+def test_a_mixture_of_mixtures_multiplies_the_shares() -> None:
+    inner = MixtureTeacher(make_two(), WEIGHTS)
+    (scores,) = MixtureTeacher([inner, make_two()[0]], [0.5, 0.5]).score(make_rollouts([(2, 3)]), needs="full")
+    assert scores.distribution.weights == pytest.approx((0.35, 0.15, 0.5))
+
+
+def test_a_mixture_needs_whole_distributions() -> None:
+    numbers_alone = FakeTeacher()
+    numbers_alone.provides = frozenset({"nothing", "sampled"})
+    with pytest.raises(ValueError, match="needs the whole distributions of its teachers"):
+        MixtureTeacher([*make_two(), numbers_alone], [0.5, 0.3, 0.2])
+    assert RoutedTeacher({"a": make_two()[0], "b": numbers_alone}).provides == {"nothing", "sampled"}
+
+
+def test_each_rollout_is_judged_by_its_own_teacher() -> None:
+    by_name = dict(zip("ab", make_two(), strict=True))
+    rollouts = routed(make_rollouts(LENGTHS))
+    for rollout, scores in zip(rollouts, RoutedTeacher(by_name).score(rollouts, needs="sampled"), strict=True):
+        (own,) = by_name[rollout.prompt.teacher].score([rollout], needs="sampled")
+        torch.testing.assert_close(scores.logprobs, own.logprobs)
+    with pytest.raises(KeyError):
+        RoutedTeacher(by_name).score(make_rollouts(LENGTHS), needs="sampled")

@@ -220,7 +220,7 @@ def estimators_agree_in_expectation(objective: Objective) -> Iterator[str]:
     _need_value(objective)
     if objective.needs_whole_step:
         raise _DoesNotApplyError("the update of a token depends on other tokens")
-    if objective.settings.get("gauge") == "stop_gradient":
+    if objective.settings.get("gauge") == "stop_gradient" and not objective.divergence.stop_gradient_is_exact:
         raise _DoesNotApplyError("the stop-gradient form is not the gradient of anything")
     kept = {key: value for key, value in objective.settings.items() if key in objective.given}
     for estimator in objective.row.estimators:
@@ -264,7 +264,8 @@ def fused_gradient_is_that_of_the_written_out_loss(objective: Objective) -> Iter
         known = inputs.rows(slice(None)) | {"teacher": teacher}
         known["teacher_logprobs"] = teacher.gather(1, targets[:, None])[:, 0]
         advantages = unshaped_terms(objective, hidden, student.heads[0], inputs).advantages
-        loss = -(advantages if shaped is None else shaped.advantages) * chosen
+        advantages = advantages if shaped is None else shaped.advantages
+        loss = -(advantages + objective.beside_shaping(Positions(logprobs=chosen.detach(), **known))) * chosen
         if objective.has_exact:
             exact = objective.exact(Positions(logprobs=chosen.detach(), student=logprobs, **known))
             loss = loss + (exact if shaped is None else shaped.weights * exact)

@@ -134,7 +134,8 @@ def limited(divergence: Divergence, *, low: float, high: float) -> Divergence:
             scaled = (logp - c).exp()
             generator = divergence.generator(c) - divergence.constant * torch.expm1(c)
             value = scaled * generator + divergence.advantage(*_at_ratio(c)) * (scaled - logq.exp())
-        return attach_gradient(value, logq, clamped(logq, logp))
+            value += divergence.constant * (logp.exp() - logq.exp())
+        return attach_gradient(value, logq, clamped(logq, logp) + divergence.constant)
 
     return replace(divergence, term=term, advantage=clamped)
 

@@ -48,6 +48,13 @@ class Divergence:
         """f(u) of an f-divergence D = sum_v q f(p/q), from log u."""
         return self.term(torch.zeros_like(log_ratio), log_ratio)
 
+    @property
+    def stop_gradient_is_exact(self) -> bool:
+        """Whether the reward -f(u) of an f-divergence differs from its advantage by a constant: log u alone does."""
+        log_ratio = torch.linspace(-2, 2, 9, dtype=torch.float64)
+        difference = self.generator(log_ratio) + self.advantage(torch.zeros_like(log_ratio), log_ratio)
+        return bool((difference - difference[0]).abs().max() < 1e-9)
+
 
 def attach_gradient(term: Tensor, student_logprobs: Tensor, advantage: Tensor) -> Tensor:
     """`term` with the gradient that belongs to `advantage`, -q A d log q, whatever made the term."""

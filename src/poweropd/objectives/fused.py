@@ -72,16 +72,16 @@ def token_scores(hidden: Tensor, head: LMHead, target_ids: Tensor, *, k: int = 0
 @torch.no_grad()
 def distribution_scores(distribution: Distribution, target_ids: Tensor, *, k: int = 0) -> TokenScores:
     """The same of a `Distribution`: the entropies and likeliest tokens of a mixture are not those of its models."""
-    head = distribution.heads[0]
+    hidden, head = distribution.hidden[0], distribution.heads[0]
     targets = head.canonical(target_ids)
     k = min(k, head.vocab_size)
-    logprobs, entropies = torch.empty((2, len(targets)), dtype=wide(distribution.hidden[0].dtype), device=targets.device)
+    logprobs, entropies = hidden.new_empty((2, len(hidden)), dtype=wide(hidden.dtype))
     top_logprobs, top_ids = logprobs.new_empty((len(targets), k)), targets.new_empty((len(targets), k))
     reader = LogProbs(distribution)
-    for tile in Tiles(distribution.hidden[0], head):
+    for tile in reader:
         reader.enter(tile)
         for block, rows in blocks(tile, head):
-            every = reader.of(block)
+            every = reader.of(block).clamp_(max=0)  # a mixture of certainties rounds to just above
             logprobs[rows] = every.gather(1, targets[rows, None])[:, 0]
             entropies[rows] = -torch.einsum("bv,bv->b", every.exp(), every)
             top_logprobs[rows], top_ids[rows] = every.topk(k, dim=1)

@@ -178,6 +178,10 @@ class LogProbs:
         self._tiles = [Tiles(hidden, head) for (hidden, _), head in zip(pairs, self._heads, strict=True)]
         self._products: list[Tensor] = []
 
+    def __iter__(self) -> Iterator[slice]:
+        """The tiles."""
+        return iter(self._tiles[0])
+
     def enter(self, tile: slice) -> None:
         """Go to the rows of a tile."""
         self._products = [tiles.products(tile) for tiles in self._tiles]

@@ -17,11 +17,15 @@ REFERENCE_KL: Divergence = reverse_kl()
 
 @dataclass(frozen=True)
 class _BoundLoss:
-    """An objective, and what whole-step shaping made of the tokens of a micro-batch: a `fused.Loss`."""
+    """An objective, and what whole-step shaping made of the tokens of a micro-batch: a `fused.Loss`.
+
+    `is_first_pass`: the advantage is still to be shaped, and weighted only then.
+    """
 
     objective: Objective
-    shaped: Shaped | None
-    importance_cap: float
+    shaped: Shaped | None = None
+    importance_cap: float = float("inf")
+    is_first_pass: bool = False
 
     @property
     def has_score(self) -> bool:
@@ -37,6 +41,8 @@ class _BoundLoss:
 
     def advantage(self, at: Positions, rows: slice) -> Tensor:
         score = self.objective.score(at) if self.shaped is None else self.shaped.advantages[rows]
+        if self.is_first_pass:
+            return score
         return (score + self.objective.beside_shaping(at)) * importance_weights(at, self.importance_cap)
 
     def exact(self, at: Positions, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,4 +85,4 @@ def loss_of(
 
 def unshaped_terms(objective: Objective, hidden: Tensor, head: LMHead, inputs: TokenInputs) -> LossTerms:
     """What each token is by itself, without a gradient: the first pass of an objective that needs the whole step."""
-    return loss_terms(hidden, head, inputs, _BoundLoss(objective, None, float("inf")))
+    return loss_terms(hidden, head, inputs, _BoundLoss(objective, is_first_pass=True))

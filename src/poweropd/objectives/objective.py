@@ -106,7 +106,7 @@ class Objective:
     @property
     def gradient_of(self) -> str:
         """What its expected update follows the gradient of, with the settings in force."""
-        if self.settings.get("gauge") == "stop_gradient":
+        if self.settings.get("gauge") == "stop_gradient" and not self.divergence.stop_gradient_is_exact:
             return "nothing: the stop-gradient reward -f(u) leaves out u f'(u)"
         text = self.row.gradient_of
         if self._number("ratio_limit") not in (0.0, torch.inf):
@@ -117,8 +117,8 @@ class Objective:
             text = "no fixed objective: the two signs are scaled by different batch maxima"
         elif self.settings.get("normalize") == "zscore" and "std" not in text:
             text += "; over std r"
-        if self._number("discount"):
-            text += f"; of whole sequences, discounted by {self._number('discount'):g} a token"
+        if discount := self._number("discount"):
+            text += "; of whole sequences" if discount == 1 else "; between that and the one of whole sequences"
         if self._number("reference_kl"):
             text += "; less reference_kl x KL(q || reference)"
         if self._number("golden"):
@@ -251,6 +251,15 @@ class Objective:
             raise ValueError(f"objective {self.name} needs whole distributions for baseline exact, which are not there")
         return (student.detach().exp() * self.reward(student, teacher)).sum(-1)
 
+    def divergence_estimate(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor | None:
+        """f(p/q) of tokens sampled from the student, whose mean estimates the f-divergence that a reward descends.
+
+        None where that is not its objective: exact divergences are there themselves, others are no f-divergence.
+        """
+        if self.row.divergence is None or self.estimator != "sampled" or not self.divergence.of_ratio:
+            return None
+        return self.divergence.generator(teacher_logprobs - student_logprobs)
+
     def exact(self, at: Positions) -> Tensor:
         """What is differentiated at each position, [B]; without the reference KL."""
         assert at.student is not None
@@ -313,15 +322,22 @@ class Objective:
             student_logprobs, teacher_logprobs: log q and log p, one shape, in nats.
 
         Raises:
-            ValueError: the objective has no sampled form, or it compares samples of one prompt.
+            ValueError: the objective has no sampled form, or one that a single axis cannot show.
         """
         reward = self.reward(student_logprobs, teacher_logprobs)
         if teacher_logprobs is None:
             return reward
-        if self.looks_at_student:
-            reward = reward - self._expected_reward(student_logprobs, teacher_logprobs)[..., None]
+        if self.row.gate is not None:
+            at = Positions(torch.zeros_like(reward, dtype=torch.long), student_logprobs, teacher_logprobs)
+            reward = reward * self.row.gate(at, self.settings)
         if self.settings.get("baseline") == "leave_one_out":
             raise ValueError("objective.baseline leave_one_out compares the rollouts of one prompt: use `shape`")
+        if self.looks_at_student:
+            if self.needs_whole_step:
+                raise ValueError(
+                    "objective.baseline exact looks along the vocabulary, and the rest along tokens: use `shape`"
+                )
+            reward = reward - self._expected_reward(student_logprobs, teacher_logprobs)[..., None]
         if not self.needs_whole_step or self.row.select is not None:
             return reward
         rows = [

@@ -86,7 +86,7 @@ def _provenance(run: RunData) -> str:
     machine = run.manifest.get("machine", {})
     versions = run.manifest.get("versions", {})
     parts = [
-        f"student {run.recipe['student']['model']}, teacher {run.recipe['teacher']['model']}",
+        run.models,
         f"seed {run.recipe['train']['seed']}",
         str(run.manifest.get("started", "")),
         f"{machine.get('gpu') or machine.get('processor', '')}, {machine.get('cores', '?')} cores",

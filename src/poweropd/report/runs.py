@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ class RunData:
 
     Attributes:
         evaluations: summary by optimizer steps taken, oldest first.
+        teachers: summary by teacher: `teacher`, or `teacher math`, `teacher code`.
         skipped_lines: lines of the logs that are not whole, such as the last of a run being written.
     """
 
@@ -31,7 +33,7 @@ class RunData:
     positions: list[Record]
     rollouts: list[Record]
     evaluations: dict[int, Record]
-    teacher: Record | None
+    teachers: dict[str, Record]
     summary: Record | None
     skipped_lines: int
 
@@ -41,6 +43,16 @@ class RunData:
         section = self.recipe["objective"]
         settings = {key: value for key, value in section.items() if key not in ("name", "end_token") and value != []}
         return " ".join([section["name"], *(f"{key}={_short(value)}" for key, value in settings.items())])
+
+    @property
+    def models(self) -> str:
+        """`student A, teacher B`, or `student A, teacher math B, teacher code C`."""
+        several = self.recipe.get("teachers") or {}
+        teachers = {f"teacher {name}": section for name, section in several.items()} or {
+            "teacher": self.recipe["teacher"]
+        }
+        named = {"student": self.recipe["student"], **teachers}
+        return ", ".join(f"{name} {section['model']}" for name, section in named.items())
 
     @property
     def signal(self) -> str:
@@ -103,14 +115,19 @@ def read_run(path: Path, name: str | None = None) -> RunData:
         for summary in map(_json, folder.glob("*.json"))
         if summary is not None
     }
-    teacher = [summary for file in (path / "eval" / "teacher").glob("*.json") if (summary := _json(file)) is not None]
+    teachers = {
+        folder.name.replace("-", " ", 1): summary
+        for folder in sorted((path / "eval").glob("teacher*"))
+        for summary in map(_json, folder.glob("*.json"))
+        if summary is not None
+    }
     return RunData(
         name=name or path.resolve().name,
         path=path,
         recipe=recipe,
         manifest=_json(path / "manifest.json") or {},
         evaluations=evaluations,
-        teacher=teacher[0] if teacher else None,
+        teachers=teachers,
         summary=_json(path / "summary.json"),
         skipped_lines=skipped,
         **logs,
@@ -162,10 +179,10 @@ def _evaluation_figures(runs: list[RunData]) -> list[Figure]:
                 low, high = ([band[side] for band in bands if banded] for side in (0, 1))
                 series.append(Series(run.name, steps, values, low, high, run=index))
         first = runs[0]
-        if first.teacher is not None and series:
-            level = first.teacher[key_of(first)]
-            span = [min(min(s.x) for s in series), max(max(s.x) for s in series)]
-            series.append(Series("teacher", span, [level, level], style="dash", run=-1))
+        span = [min(x for s in series for x in s.x), max(x for s in series for x in s.x)] if series else []
+        for (name, summary), style in zip(first.teachers.items() if series else (), cycle(STYLES[2:]), strict=False):
+            level = summary[key_of(first)]
+            series.append(Series(name, span, [level, level], style=style, run=-1))
         return Figure(title, "optimizer steps", label, series, caption)
 
     return [
@@ -221,7 +238,7 @@ def _training_figures(runs: list[RunData]) -> list[Figure]:
 
 
 def results_table(runs: list[RunData]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows: the teacher, the student before, and after each run; accuracy with its 95 % interval."""
+    """Headings and rows: the teachers, the student before, and after each run; accuracy with its 95 % interval."""
     first = runs[0]
     accuracy = accuracy_key(first)
     k = accuracy.rpartition("_")[2]
@@ -239,9 +256,7 @@ def results_table(runs: list[RunData]) -> tuple[list[str], list[list[str]]]:
             minutes,
         ]
 
-    rows = []
-    if first.teacher is not None:
-        rows.append(row("teacher", first.teacher))
+    rows = [row(name, summary) for name, summary in first.teachers.items()]
     if 0 in first.evaluations:
         rows.append(row("student before", first.evaluations[0]))
     for run in runs:
@@ -261,9 +276,13 @@ def headline(run: RunData) -> str:
     before, after = run.evaluations[0][key], run.evaluations[max(trained)][key]
     name = f"Avg@{key.rpartition('_')[2]}"
     text = f"{name} on held-out problems went from {before:.3f} to {after:.3f} in {max(trained)} steps"
-    if run.teacher is not None and run.teacher[key] > before:
-        gap = (after - before) / (run.teacher[key] - before)
-        text += f"; the teacher has {run.teacher[key]:.3f}, so {gap:.0%} of the gap is closed"
+    levels = {name: summary[key] for name, summary in run.teachers.items()}
+    if len(levels) > 1:
+        text += f"; {', '.join(f'{name} has {level:.3f}' for name, level in levels.items())}"
+    for level in levels.values() if len(levels) == 1 else ():
+        if level > before:
+            gap = (after - before) / (level - before)
+            text += f"; the teacher has {level:.3f}, so {gap:.0%} of the gap is closed"
     return text + "."
 
 

@@ -69,8 +69,11 @@ class MixtureTeacher:
 def _numbers(rollout: Rollout, distribution: Distribution, k: int | None) -> TeacherScores:
     """Scores of a rollout's tokens, with the k likeliest where k is given, on the CPU."""
     target_ids = torch.tensor(rollout.response_ids, device=distribution.hidden[0].device)
-    scores = [column.cpu() for column in distribution_scores(distribution, target_ids, k=k or 0)]
-    return TeacherScores(*scores) if k is not None else TeacherScores(*scores[:2])
+    found = distribution_scores(distribution, target_ids, k=k or 0)
+    logprobs, entropies, top_ids, top_logprobs = (column.cpu() for column in found)
+    if k is None:
+        return TeacherScores(logprobs, entropies)
+    return TeacherScores(logprobs, entropies, top_ids, top_logprobs)
 
 
 class RoutedTeacher:
