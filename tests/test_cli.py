@@ -1,6 +1,7 @@
 """The command line: bad input gets one clear line, nothing is lost, no traceback is shown."""
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from conftest import RECIPE, ROOT
 from poweropd.cli import app
 from poweropd.models import resolve
 from poweropd.objectives import OBJECTIVES
+from poweropd.objectives.conformance import PROPERTIES
 from poweropd.objectives.describe import as_markdown
 from poweropd.runlog import RunDirectory
 
@@ -230,6 +232,53 @@ def test_objectives_lists_every_row_and_the_docs_agree() -> None:
     assert code == 0
     assert all(name in output for name in OBJECTIVES)
     assert (ROOT / "docs" / "objectives.md").read_text() == as_markdown()
+
+
+def test_an_objective_is_checked_by_name() -> None:
+    code, output = invoke("objectives", "--check", "jensen_shannon")
+    assert code == 0, output
+    assert output.count("ok   ") == len(PROPERTIES)
+    code, output = invoke("objectives", "--check", "zscore")
+    assert code == 0
+    assert "does not apply: it is a reward without a value" in output
+    assert "did you mean 'power'" in complaint(*invoke("objectives", "--check", "powr"))
+
+
+def test_the_guides_own_objective_is_checked_and_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = (ROOT / "docs" / "guide.md").read_text()
+    (code,) = re.findall(r"```python\n(# mine.py\n.*?)```", guide, flags=re.DOTALL)
+    (tmp_path / "mine.py").write_text(code)
+    (tmp_path / "wrong.py").write_text(code.replace("x.sqrt()", "-x.sqrt()"))
+    monkeypatch.chdir(tmp_path)
+    status, output = invoke("objectives", "--check", "mine:square_root")
+    assert status == 0, output
+    status, output = invoke("objectives", "--check", "wrong:square_root")
+    assert status == 1
+    assert "fail" in output
+    assert "it must be positive" in output
+    status, output = train(tmp_path / "run", "objective.name=mine:square_root")
+    assert status == 0, output
+    assert "objective.name: module 'mine' has no 'absent'" in complaint(
+        *train(tmp_path / "b", "objective.name=mine:absent")
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["objective.name=reverse_kl", "objective.discount=0.9"], "says nothing of the positions after it"),
+        (["objective.reference_kl=0.1", "objective.reference_kl_form=k3_loss"], "KL(reference || student)"),
+        (["objective.k=8"], "it belongs to estimator top_k"),
+        (
+            ["objective.golden=0.1", "data.golden=null"],
+            "objective.golden is above 0, but the prompts have no worked answers",
+        ),
+        (["objective.masked_tokens=[not one token]"], "objective.masked_tokens: 'not one token' is"),
+        (["guard.action=raise_reference_kl"], "needs a KL to raise"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_at_start(settings: list[str], message: str, tmp_path: Path) -> None:
+    assert message in complaint(*train(tmp_path / "run", *settings))
 
 
 def commands_in(path: Path) -> list[str]:

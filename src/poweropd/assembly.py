@@ -5,13 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from poweropd.config import DataConfig, Recipe, StudentConfig, TeacherConfig, label
-from poweropd.errors import ConfigError, ModelError
-from poweropd.models import default_device, load_model, load_tokenizer, resolve_precision
+from poweropd.config import DataConfig, Recipe
+from poweropd.errors import ConfigError
 from poweropd.objectives import Objective
+from poweropd.pair import ModelPair, load_configured, load_pair
 from poweropd.policy import Student
 from poweropd.prompts import PromptStream, load_prompts
 from poweropd.rollout.engine import RolloutEngine, Sampling
@@ -20,116 +19,9 @@ from poweropd.rollout.hf import HFEngine
 from poweropd.rollout.sources import RoutedEngine, SourceEngine
 from poweropd.teacher.ensemble import MixtureTeacher, RoutedTeacher
 from poweropd.teacher.hf import HFTeacher
-from poweropd.teacher.scorer import TeacherScorer
+from poweropd.teacher.scorer import TeacherScorer, check_serves
 from poweropd.types import Prompt, Source
 from poweropd.update import MicroBatches
-from poweropd.vocabulary import EndTokens, end_token_ids, shared_vocab_size
-
-
-@dataclass(frozen=True)
-class ModelPair:
-    """The student and its teacher, or teachers by name, as loaded, and what they share."""
-
-    student: PreTrainedModel
-    teachers: Mapping[str, PreTrainedModel]
-    tokenizer: PreTrainedTokenizerBase
-    teacher_tokenizers: Mapping[str, PreTrainedTokenizerBase]
-    vocab_size: int
-    end_tokens: EndTokens
-    precision: torch.dtype
-
-    @property
-    def pad_id(self) -> int:
-        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.end_tokens.student[0]
-
-    @property
-    def context(self) -> int:
-        """Positions that all models were made for."""
-        return min(model.config.get_text_config().max_position_embeddings for model in self.models.values())
-
-    @property
-    def models(self) -> dict[str, PreTrainedModel]:
-        """The student and every teacher, by what messages call them."""
-        return {"student": self.student, **{label(name): model for name, model in self.teachers.items()}}
-
-    @property
-    def templating(self) -> PreTrainedTokenizerBase:
-        """Whose chat template is applied: the student's, else that of the first teacher that has one."""
-        tokenizers = (self.tokenizer, *self.teacher_tokenizers.values())
-        return next((tokenizer for tokenizer in tokenizers if tokenizer.chat_template), self.tokenizer)
-
-    def introduction(self) -> list[str]:
-        """What a user should know of the pair before it is trained."""
-        sizes = ", ".join(f"{name} {_readable(model.num_parameters())}" for name, model in self.models.items())
-        lines = [f"{sizes} parameters; {self.vocab_size} tokens; {self.student.device.type}"]
-        ends = self.end_tokens
-        if ends.differ:
-            every = {"student": ends.student, **{label(name): ids for name, ids in ends.teachers.items()}}
-            spelt = ", ".join(
-                f"{' or '.join(map(str, self.tokenizer.convert_ids_to_tokens(list(ids))))} ({name})"
-                for name, ids in every.items()
-            )
-            handling = {
-                "map": f"{'both' if len(every) == 2 else 'all'} count as one outcome",
-                "mask": "none is trained on",
-                "keep": "scored as they stand, so the student may learn never to end",
-            }[ends.policy]
-            lines.append(f"end tokens differ: {spelt}; {handling} (objective.end_token={ends.policy})")
-        return lines
-
-
-def _readable(count: int) -> str:
-    """`630M`, `1.78B`."""
-    return f"{count / 1e6:.3g}M" if count < 1e9 else f"{count / 1e9:.3g}B"
-
-
-def load_pair(recipe: Recipe) -> ModelPair:
-    """Load all models and settle vocabulary and end tokens.
-
-    Raises:
-        ModelError: a model cannot be read, or a teacher does not fit the student.
-    """
-    device = default_device()
-    named = recipe.named_teachers
-    tokenizer = load_tokenizer(recipe.student.model, recipe.student.revision)
-    tokenizers = {name: load_tokenizer(config.model, config.revision) for name, config in named.items()}
-    student = _load(recipe.student, torch.float32)
-    teachers = {name: _load(config, resolve_precision(config.precision, device)) for name, config in named.items()}
-    sizes = [
-        shared_vocab_size(tokenizer, tokenizers[name], head_rows(student), head_rows(teacher), name=label(name))
-        for name, teacher in teachers.items()
-    ]
-    return ModelPair(
-        student=student,
-        teachers=teachers,
-        tokenizer=tokenizer,
-        teacher_tokenizers=tokenizers,
-        vocab_size=min(sizes),
-        end_tokens=EndTokens(
-            student=_end_ids(student, tokenizer, recipe.student),
-            teachers={name: _end_ids(teacher, tokenizers[name], named[name]) for name, teacher in teachers.items()},
-            policy=recipe.objective.end_token,
-        ),
-        precision=resolve_precision(recipe.student.precision, device),
-    )
-
-
-def _load(config: StudentConfig | TeacherConfig, dtype: torch.dtype) -> PreTrainedModel:
-    return load_model(config.model, dtype=dtype, device=default_device(), revision=config.revision)
-
-
-def head_rows(model: PreTrainedModel) -> int:
-    """Rows of the LM head, padding included."""
-    return int(model.get_output_embeddings().weight.shape[0])
-
-
-def _end_ids(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: StudentConfig | TeacherConfig
-) -> tuple[int, ...]:
-    ids = end_token_ids(model, tokenizer)
-    if not ids:
-        raise ModelError(f"{config.model!r} names no end token (eos_token_id); set one in its generation_config.json")
-    return ids
 
 
 @dataclass(frozen=True)
@@ -188,6 +80,8 @@ def assemble(recipe: Recipe) -> Parts:
         name: _scorer(pair.teachers[name], pair, config.tokens_per_batch)
         for name, config in recipe.named_teachers.items()
     }
+    teacher = _judge(recipe, teachers)
+    check_serves(objective, teacher)
     rollout = recipe.rollout
     teacher_engines = _engines(recipe, pair, 1.0, "teacher")
     engines: dict[Source, RolloutEngine] = {
@@ -200,7 +94,7 @@ def assemble(recipe: Recipe) -> Parts:
     return Parts(
         pair=pair,
         student=student,
-        teacher=_judge(recipe, teachers),
+        teacher=teacher,
         teachers=teachers,
         engine=SourceEngine(engines, dict(rollout.sources.items())),
         student_engine=_student_engine(recipe, pair),
@@ -335,7 +229,7 @@ def load_data(recipe: Recipe, pair: ModelPair, sampling: Sampling) -> tuple[list
 
 def _reference(recipe: Recipe, pair: ModelPair) -> HFTeacher:
     """The student as it was before the first step, also in a run that is resumed."""
-    return _scorer(_load(recipe.student, pair.precision), pair, _least_tokens_per_batch(recipe))
+    return _scorer(load_configured(recipe.student, pair.precision), pair, _least_tokens_per_batch(recipe))
 
 
 def _single_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, key: str) -> tuple[int, ...]:

@@ -6,10 +6,11 @@ from typing import Literal
 
 import torch
 
-from poweropd.assembly import Parts, assemble, head_rows
+from poweropd.assembly import Parts, assemble
 from poweropd.config import Recipe, label
 from poweropd.diagnostics import sampler_gap
 from poweropd.guards import MISMATCH_ALARM
+from poweropd.pair import head_rows
 from poweropd.rollout.engine import Sampling
 from poweropd.teacher.scorer import judge
 from poweropd.types import Rollout
@@ -97,9 +98,10 @@ def _context(recipe: Recipe, parts: Parts) -> Check:
 
 def _memory(recipe: Recipe, parts: Parts) -> Check:
     student = sum(p.numel() for p in parts.pair.student.parameters())
+    reference = 0 if parts.reference is None else student * parts.pair.precision.itemsize
     teachers = [p for model in parts.pair.teachers.values() for p in model.parameters()]
     needed = (
-        16 * student + sum(p.numel() * p.element_size() for p in teachers)
+        16 * student + reference + sum(p.numel() * p.element_size() for p in teachers)
     ) / GIB  # fp32 weights, gradients and two AdamW moments
     if parts.pair.student.device.type == "cuda":
         available = torch.cuda.get_device_properties(parts.pair.student.device).total_memory / GIB

@@ -118,7 +118,9 @@ class _Training:
 
     def run(self) -> None:
         recipe, parts = self._recipe, self._parts
-        self._run.set_status("running", data_fingerprint=parts.data_fingerprint)
+        self._run.set_status(
+            "running", data_fingerprint=parts.data_fingerprint, gradient_of=parts.objective.gradient_of
+        )
         for message in parts.pair.introduction():
             self._observer.say(message)
         self._observer.say(f"{parts.objective}: {recipe.train.steps} steps of {recipe.train.prompts_per_step} prompts")

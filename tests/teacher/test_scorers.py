@@ -1,5 +1,6 @@
 """The contract of teachers, which every implementation runs; then what only the HF teacher promises."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,10 +10,12 @@ from torch import Tensor
 
 from conftest import CHAT_END, END, make_model, make_rollouts
 from fakes import FakeTeacher
+from poweropd.errors import ConfigError
+from poweropd.objectives import Objective, build
 from poweropd.objectives.lm_head import LogProbs, head_logits
 from poweropd.teacher.ensemble import MixtureTeacher, RoutedTeacher
 from poweropd.teacher.hf import HFTeacher
-from poweropd.teacher.scorer import TeacherScorer
+from poweropd.teacher.scorer import TeacherScorer, check_serves
 from poweropd.types import Rollout, TeacherScores
 
 LENGTHS = [(3, 5), (9, 2), (1, 20), (6, 12), (2, 1)]
@@ -158,3 +161,21 @@ def test_each_rollout_is_judged_by_its_own_teacher() -> None:
         torch.testing.assert_close(scores.logprobs, own.logprobs)
     with pytest.raises(KeyError):
         RoutedTeacher(by_name).score(make_rollouts(LENGTHS), needs="sampled")
+
+
+@pytest.mark.parametrize(
+    ("objective", "advice"),
+    [
+        (build("reverse_kl"), "its whole distribution, and this teacher gives log-probabilities of sampled tokens only; "
+         "set objective.estimator=sampled"),
+        (build("forward_kl", estimator="top_k"), "its likeliest tokens, and"),
+        (build("vopd"), "choose an objective such as power or log_ratio"),
+    ],
+)  # fmt: skip
+def test_an_objective_that_the_teacher_cannot_serve_is_refused(objective: Objective, advice: str) -> None:
+    teacher = FakeTeacher()
+    check_serves(objective, teacher)
+    teacher.provides = frozenset({"nothing", "sampled"})
+    check_serves(build("power"), teacher)
+    with pytest.raises(ConfigError, match=re.escape(advice)):
+        check_serves(objective, teacher)

@@ -159,7 +159,7 @@ def refuses_what_is_out_of_range(objective: Objective) -> Iterator[str]:
 
 
 def rewards_are_detached_and_finite(objective: Objective) -> Iterator[str]:
-    if not objective.has_score or objective.estimator != "sampled":
+    if "sampled" not in objective.row.estimators:
         raise _DoesNotApplyError("it has no reward")
     student = torch.tensor([-1e-6, -1.0, -30.0, -30.0, -0.5], requires_grad=True)
     teacher = torch.tensor([-30.0, -1.0, -1e-6, -30.0, -0.25])

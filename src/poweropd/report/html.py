@@ -65,6 +65,7 @@ def _page(runs: list[RunData]) -> str:
 <main>
 <h1>{escape(title)}</h1>
 <p class="answer">{escape(answer)}</p>
+{"".join(_follows(run, named=len(runs) > 1) for run in runs)}
 <p class="soft">{escape(_provenance(runs[0]))}</p>
 {_notes(runs)}
 <h2>Results</h2>
@@ -80,6 +81,13 @@ the budget of tokens.</p>
 <script>{SCRIPT if drawn else ""}</script>
 </body></html>
 """
+
+
+def _follows(run: RunData, *, named: bool) -> str:
+    """What the objective's expected update is the gradient of, as the trainer wrote it down."""
+    text = run.manifest.get("gradient_of")
+    name = f"{run.name}: its" if named else "The"
+    return f"<p>{escape(name)} expected update follows the gradient of {escape(text)}.</p>" if text else ""
 
 
 def _provenance(run: RunData) -> str:

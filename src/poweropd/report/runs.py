@@ -229,6 +229,14 @@ def _training_figures(runs: list[RunData]) -> list[Figure]:
             caption="log p(teacher) - log p(student): the most negative token of each step (and, of few runs, the first "
             "percentile), whatever the objective.",
         ),
+        metric(
+            "What the reward descends",
+            "nats or less",
+            "divergence/estimate",
+            caption="The f-divergence of which the sampled reward is the exact gradient, estimated from the student's own "
+            "tokens: the reverse KL for the log-ratio, others for clip and tanh. PowerOPD's is of another kind.",
+        ),
+        metric("KL to the initial student", "nats", "reference_kl/mean"),
         metric("Gradient norm before clipping", "norm", "grad_norm", log_y=True),
         metric("Length of a rollout", "tokens", "length/mean"),
         metric("Rollouts cut at the budget", "share", "truncation"),

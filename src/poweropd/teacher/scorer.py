@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+from poweropd.errors import ConfigError
 from poweropd.objectives import Needs, Objective
 from poweropd.types import Rollout, ScoredRollout, TeacherScores
 
@@ -23,6 +24,25 @@ class TeacherScorer(Protocol):
         tokens; `full` the whole distributions instead; `nothing` asks for nothing.
         """
         ...
+
+
+GIVES = {
+    "sampled": "log-probabilities of sampled tokens",
+    "top_k": "its likeliest tokens",
+    "full": "its whole distribution",
+}
+
+
+def check_serves(objective: Objective, teacher: TeacherScorer) -> None:
+    """Raises ConfigError if the teacher cannot give what the objective needs."""
+    if objective.needs in teacher.provides:
+        return
+    given = " and ".join(text for needs, text in GIVES.items() if needs in teacher.provides)
+    can_sample = objective.estimator != "sampled" and "sampled" in objective.row.estimators
+    raise ConfigError(
+        f"objective {objective} needs of the teacher {GIVES[objective.needs]}, and this teacher gives {given} only; "
+        + ("set objective.estimator=sampled" if can_sample else "choose an objective such as power or log_ratio")
+    )
 
 
 def judge(
