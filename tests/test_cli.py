@@ -274,6 +274,7 @@ def test_the_guides_own_objective_is_checked_and_trained(tmp_path: Path, monkeyp
             "objective.golden is above 0, but the prompts have no worked answers",
         ),
         (["objective.masked_tokens=[not one token]"], "objective.masked_tokens: 'not one token' is"),
+        (["objective.baseline=leave_one_out"], "set sampling.samples_per_prompt to 2 or more, got 1"),
         (["guard.action=raise_reference_kl"], "needs a KL to raise"),
     ],
 )

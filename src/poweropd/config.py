@@ -315,7 +315,13 @@ class Recipe(Section):
                 f"objective.name {self.objective.name} trains on golden answers alone: it needs rollout.sources "
                 f"{{golden: 1}}, got {flow(self.rollout.sources)}; set rollout.sources, or choose another objective"
             )
-        if self.guard.action == "raise_reference_kl" and not self.objective.build().settings.get("reference_kl", 0):
+        settings = self.objective.build().settings
+        if settings.get("baseline") == "leave_one_out" and self.sampling.samples_per_prompt < 2:
+            raise ValueError(
+                "objective.baseline leave_one_out compares the rollouts of one prompt: set sampling.samples_per_prompt to 2 or "
+                f"more, got {self.sampling.samples_per_prompt}, or choose baseline exact"
+            )
+        if self.guard.action == "raise_reference_kl" and not settings.get("reference_kl", 0):
             raise ValueError(
                 "guard.action raise_reference_kl needs a KL to raise: set objective.reference_kl above 0, or choose warn or "
                 "stop"

@@ -267,8 +267,11 @@ def test_tokens_that_neither_model_can_emit_change_nothing(name: str) -> None:
         ("reverse_kl", {"estimator": "top_k", "tail": "keep"}, "does not vanish where both models agree"),
         ("reverse_kl", {"discount": 0.5}, "says nothing of the positions after it; set objective.estimator=sampled"),
         ("forward_kl", {"normalize": "zscore"}, "set objective.estimator=sampled"),
-        ("power", {"discount": 0.5}, "power has no such setting"),
-        ("power", {"gauge": "opd_plus"}, "power has no such setting"),
+        ("power", {"discount": 0.5}, "only f-divergences depend on; log_ratio, clip and forward_kl take it"),
+        ("power", {"gauge": "opd_plus"}, "power does not take it: it speaks of the ratio p/q"),
+        ("tip", {"normalize": "zscore"}, "tip does not take it: it shapes the reward of a sampled token"),
+        ("zscore", {"estimator": "full"}, "zscore does not take it: it is always estimated one way, sampled"),
+        ("sft", {"reference_kl": 0.1}, "sft does not take it: it has no teacher"),
         (
             "power",
             {"reference_kl": 0.1, "reference_kl_form": "k3_loss"},

@@ -92,7 +92,7 @@ def to_reference(logits: Tensor) -> Tensor:
 def step(objective: Objective) -> StepTokens:
     """Every string as one rollout, its rewards as the objective gives them."""
     logq, logp, log_reference = map(of_tokens, (STUDENT, TEACHER, REFERENCE))
-    at = Positions(TOKENS, logq, teacher_logprobs=logp, reference_logprobs=log_reference)
+    at = Positions(TOKENS, logprobs=logq, teacher_logprobs=logp, reference_logprobs=log_reference)
     nothing = torch.zeros_like(logq)
     return StepTokens(
         logprobs=logq,

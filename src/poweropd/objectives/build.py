@@ -106,13 +106,29 @@ def build(name: str, **settings: Any) -> Objective:
             message, a line each.
     """
     row = row_of(name)
-    values, problems = fill(settings_of(row), settings, name)
+    known = settings_of(row)
+    foreign = {key: reason for key in settings if key not in known and (reason := _belongs_to(key, row))}
+    values, problems = fill(known, {key: value for key, value in settings.items() if key not in foreign}, name)
+    problems += [f"objective.{key}: {name} does not take it: {reason}" for key, reason in foreign.items()]
     if not problems:
         objective = Objective(name, row, values, given=tuple(settings))
         problems = _without_meaning(objective)
     if problems:
         raise ValueError("\n".join(problems))
     return objective
+
+
+def _belongs_to(key: str, row: Row) -> str | None:
+    """Why a setting that other rows take is not one of this row."""
+    if row.on_golden_answers:
+        return "it has no teacher" if key in (*TOP_K, *REWARD, *RATIO, *STABILITY, "estimator") else None
+    if key in RATIO and "sampled" in row.estimators:
+        return "it speaks of the ratio p/q, which only f-divergences depend on; log_ratio, clip and forward_kl take it"
+    if key in (*REWARD, *RATIO):
+        return "it shapes the reward of a sampled token, and there is none; log_ratio and power have one"
+    if key in (*TOP_K, "estimator"):
+        return f"it is always estimated one way, {' or '.join(row.estimators)}; reverse_kl and power take it"
+    return None
 
 
 def row_of(name: str) -> Row:

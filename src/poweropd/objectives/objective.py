@@ -328,7 +328,7 @@ class Objective:
         if teacher_logprobs is None:
             return reward
         if self.row.gate is not None:
-            at = Positions(torch.zeros_like(reward, dtype=torch.long), student_logprobs, teacher_logprobs)
+            at = Positions(torch.zeros_like(reward, dtype=torch.long), teacher_logprobs, logprobs=student_logprobs)
             reward = reward * self.row.gate(at, self.settings)
         if self.settings.get("baseline") == "leave_one_out":
             raise ValueError("objective.baseline leave_one_out compares the rollouts of one prompt: use `shape`")

@@ -9,9 +9,9 @@ from torch import Tensor
 from poweropd.objectives.lm_head import Distribution, LMHead
 
 
-@dataclass(frozen=True)
-class TokenInputs:
-    """What is known of N loss tokens beside the student; None where nobody was asked.
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """What is known of tokens beside the student's own numbers; None where nobody was asked.
 
     Attributes:
         target_ids: [N], the tokens.
@@ -20,7 +20,6 @@ class TokenInputs:
         top_ids, top_logprobs: [N, k], the teacher's likeliest tokens and log p of them, descending.
         rollout_logprobs: [N] under the distribution sampled from, where that was not the student; NaN where it was.
         reference_logprobs: [N] under the frozen initial student.
-        teacher, reference: their whole distributions.
     """
 
     target_ids: Tensor
@@ -30,6 +29,12 @@ class TokenInputs:
     top_logprobs: Tensor | None = None
     rollout_logprobs: Tensor | None = None
     reference_logprobs: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TokenInputs(_Known):
+    """All that a loss is given of N tokens: what is known of them, and whole distributions of teacher and reference."""
+
     teacher: Distribution | None = None
     reference: Distribution | None = None
 
@@ -51,26 +56,17 @@ class TokenInputs:
         return replace(self, target_ids=head.canonical(self.target_ids))
 
 
-@dataclass(frozen=True, eq=False)
-class Positions:
-    """B positions; None: not known, or not asked for.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Positions(_Known):
+    """What an objective looks at: B tokens as the student stands to them now.
 
     Attributes:
-        target_ids, teacher_logprobs, teacher_entropies, top_ids, top_logprobs, rollout_logprobs, reference_logprobs: as
-            in `TokenInputs`, [B] or [B, k].
         logprobs: [B] log q of the targets, detached.
         student: [B, V] log q, with its graph where the objective has an exact part.
         teacher, reference: [B, V] log p and log-probabilities of the reference.
     """
 
-    target_ids: Tensor
     logprobs: Tensor
-    teacher_logprobs: Tensor | None = None
-    teacher_entropies: Tensor | None = None
-    top_ids: Tensor | None = None
-    top_logprobs: Tensor | None = None
-    rollout_logprobs: Tensor | None = None
-    reference_logprobs: Tensor | None = None
     student: Tensor | None = field(default=None, repr=False)
     teacher: Tensor | None = field(default=None, repr=False)
     reference: Tensor | None = field(default=None, repr=False)
@@ -82,7 +78,7 @@ class Positions:
         logprobs, teacher_logprobs = (
             rows.gather(-1, target_ids[:, None])[:, 0] for rows in (student.detach(), teacher)
         )
-        return cls(target_ids, logprobs, teacher_logprobs, student=student, teacher=teacher)
+        return cls(target_ids, teacher_logprobs, logprobs=logprobs, student=student, teacher=teacher)
 
     def with_top(self, k: int) -> Self:
         """With the teacher's entropies and k likeliest tokens, from its whole distribution where they are not given."""
