@@ -329,6 +329,7 @@ def test_what_the_stop_gradient_form_follows() -> None:
 
 
 def test_what_each_needs_of_the_teacher() -> None:
+    assert {name: row.needs for name, row in OBJECTIVES.items()} == {name: build(name).needs for name in OBJECTIVES}
     assert build("power").needs == "sampled"
     assert build("power", estimator="full").needs == build("power", baseline="exact").needs == "full"
     assert build("power", estimator="top_k").needs == build("eopd").needs == build("aopd").needs == "top_k"

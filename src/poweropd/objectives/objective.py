@@ -51,6 +51,19 @@ class Row:
     select: Callable[[StepTokens, Mapping[str, Value], float], Tensor] | None = None
     on_golden_answers: bool = False
 
+    @property
+    def needs(self) -> Needs:
+        """What the teacher must give, with every setting at its default."""
+        return self.needs_with(next(iter(self.estimators), "sampled"), self.defaults.get("baseline", "none"))
+
+    def needs_with(self, estimator: str, baseline: Value) -> Needs:
+        """What the teacher must give: log p of the sampled token, its k likeliest, its whole distribution, or nothing."""
+        if self.on_golden_answers:
+            return "nothing"
+        if estimator == "full" or baseline == "exact":
+            return "full"
+        return "top_k" if estimator == "top_k" or self.extra else "sampled"
+
 
 @dataclass(frozen=True)
 class Shaped:
@@ -133,12 +146,8 @@ class Objective:
 
     @property
     def needs(self) -> Needs:
-        """What the teacher must give: log p of the sampled token, its k likeliest, its whole distribution, or nothing."""
-        if self.row.on_golden_answers:
-            return "nothing"
-        if self.estimator == "full" or self.settings.get("baseline") == "exact":
-            return "full"
-        return "top_k" if self.estimator == "top_k" or self.row.extra else "sampled"
+        """What the teacher must give: see `Row.needs_with`."""
+        return self.row.needs_with(self.estimator, self.settings.get("baseline", "none"))
 
     @property
     def needs_of_reference(self) -> Needs:

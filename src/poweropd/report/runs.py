@@ -231,7 +231,7 @@ def _training_figures(runs: list[RunData]) -> list[Figure]:
         ),
         metric(
             "What the reward descends",
-            "nats or less",
+            "divergence",
             "divergence/estimate",
             caption="The f-divergence of which the sampled reward is the exact gradient, estimated from the student's own "
             "tokens: the reverse KL for the log-ratio, others for clip and tanh. PowerOPD's is of another kind.",
