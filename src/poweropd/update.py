@@ -117,7 +117,8 @@ def _batch(scored: Sequence[ScoredRollout], student: Student, how: MicroBatches)
     rollout_logprobs = batch.inputs.rollout_logprobs
     if how.importance_cap is None or rollout_logprobs is None or rollout_logprobs.isnan().all():
         return replace(batch, inputs=replace(batch.inputs, rollout_logprobs=None))
-    merged = torch.tensor(student.head.end_ids, device=student.device)  # the sampler knows no merged end token
+    # The sampler knows no merged end token: its probability and the trainer's are not of one event.
+    merged = torch.tensor(student.head.end_ids, dtype=torch.long, device=student.device)
     rollout_logprobs = rollout_logprobs.masked_fill(torch.isin(batch.inputs.target_ids, merged), torch.nan)
     return replace(batch, inputs=replace(batch.inputs, rollout_logprobs=rollout_logprobs))
 
