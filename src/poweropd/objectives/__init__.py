@@ -4,7 +4,8 @@ from poweropd.objectives.bregman import from_derivative
 from poweropd.objectives.build import STABILITY, build, row_of, settings_of
 from poweropd.objectives.csiszar import divergence_of, from_generator
 from poweropd.objectives.divergences import Divergence
-from poweropd.objectives.objective import Needs, Objective, Row
+from poweropd.objectives.objective import Objective
+from poweropd.objectives.row import Needs, Row
 from poweropd.objectives.settings import Choice, Number
 from poweropd.objectives.table import OBJECTIVES
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from poweropd.objectives.divergences import Divergence
-from poweropd.objectives.objective import Objective, Row
+from poweropd.objectives.objective import Objective
+from poweropd.objectives.row import Row
 from poweropd.objectives.settings import Choice, Number, Setting, Value, fill, nearest
 from poweropd.objectives.table import OBJECTIVES
 

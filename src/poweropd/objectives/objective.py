@@ -1,8 +1,8 @@
 """An objective: a divergence, how it is estimated, and what is done to the reward of a sampled token."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal, Self
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -11,58 +11,9 @@ from poweropd.objectives import shaping
 from poweropd.objectives.csiszar import limited
 from poweropd.objectives.divergences import Divergence, attach_gradient, coarsen
 from poweropd.objectives.positions import Positions
-from poweropd.objectives.settings import Setting, Value
+from poweropd.objectives.row import Needs, Row
+from poweropd.objectives.settings import Value
 from poweropd.objectives.shaping import StepTokens
-
-Needs = Literal["nothing", "sampled", "top_k", "full"]  # what an objective asks of a model, each more than the last
-Estimator = Literal["sampled", "top_k", "full"]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One objective of the table, as documented and as computed.
-
-    Attributes:
-        summary, equation, gradient_of, reference: text; `gradient_of` says what its expected update follows the gradient of.
-        divergence: makes it; called with every setting of the row.
-        estimators: those it has; the first is the default.
-        settings: the row's own.
-        defaults: what it sets of the settings that every objective has.
-        fixed_point: where its update vanishes; `teacher` for every proper divergence.
-        gate: factor [B] on the reward of each token.
-        extra: further exact term [B] over the teacher's top k.
-        target: the distribution [..., V] that is put in the teacher's place.
-        select: which tokens [N] of a step are trained on.
-        on_golden_answers: supervised: the reward of every token is 1.
-    """
-
-    summary: str
-    equation: str
-    gradient_of: str
-    reference: str
-    divergence: Callable[..., Divergence] | None = None
-    estimators: tuple[Estimator, ...] = ()
-    settings: Mapping[str, Setting] = field(default_factory=dict)
-    defaults: Mapping[str, Value] = field(default_factory=dict)
-    fixed_point: str = "teacher"
-    gate: Callable[[Positions, Mapping[str, Value]], Tensor] | None = None
-    extra: Callable[[Positions, Mapping[str, Value]], Tensor] | None = None
-    target: Callable[[Tensor, Tensor, Mapping[str, Value], float], Tensor] | None = None
-    select: Callable[[StepTokens, Mapping[str, Value], float], Tensor] | None = None
-    on_golden_answers: bool = False
-
-    @property
-    def needs(self) -> Needs:
-        """What the teacher must give, with every setting at its default."""
-        return self.needs_with(next(iter(self.estimators), "sampled"), self.defaults.get("baseline", "none"))
-
-    def needs_with(self, estimator: str, baseline: Value) -> Needs:
-        """What the teacher must give: log p of the sampled token, its k likeliest, its whole distribution, or nothing."""
-        if self.on_golden_answers:
-            return "nothing"
-        if estimator == "full" or baseline == "exact":
-            return "full"
-        return "top_k" if estimator == "top_k" or self.extra else "sampled"
 
 
 @dataclass(frozen=True)

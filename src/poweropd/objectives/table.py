@@ -1,7 +1,7 @@
 """The table of objectives: one row each. Adding an objective is one row here, or one in a file of the user's own."""
 
 from poweropd.objectives import bregman, csiszar, published
-from poweropd.objectives.objective import Estimator, Row
+from poweropd.objectives.row import Estimator, Row
 from poweropd.objectives.settings import Choice, Number
 
 PAPER = "PowerOPD, arXiv 2606.17199"
