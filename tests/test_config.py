@@ -151,6 +151,23 @@ def test_every_setting_says_what_it_means() -> None:
     assert set(undocumented(Recipe, "")) <= {"optimizer.betas", "optimizer.eps", "optimizer.weight_decay"}
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ([], []),
+        (["rollout.sources={golden: 1}", "objective.name=sft"], []),
+        (["rollout.sources={golden: 1}"], ["the prefixes of golden", "nobody sampled"]),
+        (["rollout.sources={golden: 1}", "objective.name=reverse_kl"], ["the prefixes of golden"]),
+        (["rollout.teacher_mixing=0.2"], ["the prefixes of student with 0.2 of the teacher"]),
+        (["rollout.sources={teacher: 1}", "rollout.importance=none"], ["the prefixes of teacher", "not weighted"]),
+    ],
+)
+def test_what_is_not_corrected_is_said(settings: list[str], said: list[str]) -> None:
+    notes = load_recipe(RECIPE, settings).off_policy_notes()
+    assert len(notes) == len(said)
+    assert all(part in note for part, note in zip(said, notes, strict=True))
+
+
 def test_a_recipe_that_extends_another_may_name_another_objective(tmp_path: Path) -> None:
     path = tmp_path / "child.yaml"
     path.write_text(f"extends: {RECIPE}\nobjective: {{name: tanh, tau: 2}}\n")

@@ -349,6 +349,21 @@ class Recipe(Section):
             return {"data": self.data}
         return {f"data.{place}": section for place, section in enumerate(self.data)}
 
+    def off_policy_notes(self) -> list[str]:
+        """What nothing corrects where others than the student write the answers; a line each."""
+        objective, rollout = self.objective.build(), self.rollout
+        others: list[str] = [source for source in rollout.sources if source != "student"]
+        if rollout.teacher_mixing:
+            others.append(f"student with {rollout.teacher_mixing:g} of the teacher")
+        if not others or objective.row.on_golden_answers:
+            return []
+        notes = [f"off-policy: the prefixes of {' and '.join(others)} are taken as they are"]
+        if objective.estimator == "sampled" and "golden" in rollout.sources:
+            notes.append("off-policy: nobody sampled the golden answers, so their rewards are not weighted")
+        if objective.estimator == "sampled" and rollout.importance == "none" and others != ["golden"]:
+            notes.append("off-policy: rewards are not weighted (rollout.importance=none)")
+        return notes
+
     def to_yaml(self) -> str:
         """The whole recipe with every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)

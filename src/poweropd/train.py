@@ -124,6 +124,8 @@ class _Training:
         for message in parts.pair.introduction():
             self._observer.say(message)
         self._observer.say(f"{parts.objective}: {recipe.train.steps} steps of {recipe.train.prompts_per_step} prompts")
+        for note in recipe.off_policy_notes():
+            self._observer.say(note)
         start = self._restore()
         evaluations: dict[str, dict[str, Any]] = {}
         if parts.problems:
