@@ -23,6 +23,7 @@ lint: $(VENV)/.tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy benchmarks/*.py
 	$(BIN)/lint-imports
 
 OLD_PYTHON = poweropd needs Python 3.11 or newer, this is %d.%d; try for example: make PYTHON=python3.12 quickstart

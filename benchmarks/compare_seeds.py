@@ -1,6 +1,6 @@
 """Several `poweropd quickstart --compare --seed N` as one table: `python benchmarks/compare_seeds.py DIR DIR ...`.
 
-Every figure is the mean over seeds and, behind it, the lowest and the highest. `gap` is the share of the distance
+Every figure is the mean over seeds and, behind it, the lowest and the highest if there are several. `gap` is the share of the distance
 between the untrained student and the teacher that training closed.
 """
 
@@ -43,12 +43,14 @@ def _after(run: RunData, key: str) -> float:
 
 def _gap(run: RunData) -> float:
     key = accuracy_key(run)
-    assert run.teacher is not None
-    before = run.evaluations[0][key]
-    return (_after(run, key) - before) / (run.teacher[key] - before)
+    (teacher,) = run.teachers.values()
+    before: float = run.evaluations[0][key]
+    return (_after(run, key) - before) / (float(teacher[key]) - before)
 
 
 def _spread(values: list[float], form: str) -> str:
+    if len(values) == 1:
+        return f"{values[0]:{form}}"
     return f"{mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 

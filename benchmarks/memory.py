@@ -28,8 +28,8 @@ from poweropd.objectives import OBJECTIVES, build
 from poweropd.objectives.fused import token_scores
 from poweropd.objectives.lm_head import Distribution, LMHead
 from poweropd.objectives.loss import loss_of
+from poweropd.objectives.objective import Shaped
 from poweropd.objectives.positions import TokenInputs
-from poweropd.objectives.shaping import Shaped
 
 HIDDEN, TEACHER_HIDDEN = 256, 512
 METHODS = [*(name for name, row in OBJECTIVES.items() if not row.on_golden_answers), "naive power", "naive reverse_kl"]
