@@ -282,8 +282,9 @@ class _Training:
         self._parts.student.load_state(state["student"])
         self._parts.engine.update_weights(version=meta["step"])
         checkpoint.set_random_states(state["random"])
-        self._guard.load_state(state["guard"])
-        self._reference_kl.load_state(state["reference_kl"])
+        for name, part in (("guard", self._guard), ("reference_kl", self._reference_kl)):
+            if name in state:  # checkpoints of earlier versions know neither
+                part.load_state(state[name])
         self._run.rewind_logs(meta["logs"])
         self._seconds_before = meta["seconds"]
         self._observer.say(f"resumed at step {meta['step']}")
