@@ -244,22 +244,21 @@ def test_an_objective_is_checked_by_name() -> None:
     assert "did you mean 'power'" in complaint(*invoke("objectives", "--check", "powr"))
 
 
-def test_the_guides_own_objective_is_checked_and_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_guides_own_objective_is_checked_and_trained(own_folder: Path) -> None:
     guide = (ROOT / "docs" / "guide.md").read_text()
     (code,) = re.findall(r"```python\n(# mine.py\n.*?)```", guide, flags=re.DOTALL)
-    (tmp_path / "mine.py").write_text(code)
-    (tmp_path / "wrong.py").write_text(code.replace("x.sqrt()", "-x.sqrt()"))
-    monkeypatch.chdir(tmp_path)
+    (own_folder / "mine.py").write_text(code)
+    (own_folder / "wrong.py").write_text(code.replace("x.sqrt()", "-x.sqrt()"))
     status, output = invoke("objectives", "--check", "mine:square_root")
     assert status == 0, output
     status, output = invoke("objectives", "--check", "wrong:square_root")
     assert status == 1
     assert "fail" in output
     assert "it must be positive" in output
-    status, output = train(tmp_path / "run", "objective.name=mine:square_root")
+    status, output = train(own_folder / "run", "objective.name=mine:square_root")
     assert status == 0, output
     assert "objective.name: module 'mine' has no 'absent'" in complaint(
-        *train(tmp_path / "b", "objective.name=mine:absent")
+        *train(own_folder / "b", "objective.name=mine:absent")
     )
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -137,13 +138,10 @@ def test_each_fault_is_caught_by_its_property(name: str, plugged: Callable[[str,
     assert caught_by in failed
 
 
-def test_a_file_of_the_users_own_is_imported_from_where_they_are(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "mine.py").write_text(
+def test_a_file_of_the_users_own_is_imported_from_where_they_are(own_folder: Path) -> None:
+    (own_folder / "mine.py").write_text(
         "from poweropd.objectives import from_derivative\nroot = from_derivative(lambda x: x.sqrt())\nnumber = 3\n"
     )
-    monkeypatch.chdir(tmp_path)
     q, p = torch.tensor([0.2, 0.8]).log(), torch.tensor([0.5, 0.5]).log()
     torch.testing.assert_close(build("mine:root").sampled(q, p), build("power", alpha=0.5).sampled(q, p))
     for name, message in {
