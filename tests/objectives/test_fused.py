@@ -264,6 +264,7 @@ from poweropd.objectives.lm_head import Distribution, LMHead
 from poweropd.objectives.loss import loss_of
 from poweropd.objectives.positions import TokenInputs
 torch.set_num_threads(1)
+torch.set_flush_denormal(True)  # products over them take minutes on some CPUs
 N, V, H = 1024, 151_936, 256
 weight, teacher_weight = torch.randn(V, H).mul_(0.1).requires_grad_(), torch.randn(V, 2 * H).mul_(0.1)
 hidden, teacher_hidden = torch.randn(N, H, requires_grad=True), torch.randn(N, 2 * H)
