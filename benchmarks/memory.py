@@ -1,7 +1,7 @@
 """Peak memory and time of one loss and its gradient at a real vocabulary: `python benchmarks/memory.py`.
 
-Each measurement is a process of its own; memory is its peak resident size above that with the inputs loaded, the
-gradient of the LM head included. The unit is one fp32 tensor of [tokens, vocabulary]. `naive` builds both models'
+Each measurement is a process of its own; memory is its peak resident size above that with the hidden states and heads
+loaded, scoring by the teacher and the gradient of the LM head included. The unit is one fp32 tensor of [tokens, vocabulary]. `naive` builds both models'
 log-softmaxes over the whole vocabulary, as the authors of PowerOPD do (written here from the formulas).
 
 On a GPU (`--device cuda`) memory is the peak allocated. Prints a table and writes benchmarks/results/memory-<name>.json.
@@ -60,7 +60,6 @@ def measure(method: str, tokens: int, vocabulary: int, device: str) -> dict[str,
                 inputs, reference=Distribution((hidden.detach(),), (replace(head, weight=weight.detach()),))
             )
         shaped = Shaped(*torch.ones(2, tokens, device=device)) if objective.needs_whole_step else None
-        before, start = _memory(device), time.perf_counter()
         loss = loss_of(objective, hidden, head, inputs, denominator=tokens, shaped=shaped).loss
     loss.backward()
     loss.item()
