@@ -1,8 +1,9 @@
 """Peak memory and time of one loss and its gradient at a real vocabulary: `python benchmarks/memory.py`.
 
 Each measurement is a process of its own; memory is its peak resident size above that with the hidden states and heads
-loaded, scoring by the teacher and the gradient of the LM head included. The unit is one fp32 tensor of [tokens, vocabulary]. `naive` builds both models'
-log-softmaxes over the whole vocabulary, as the authors of PowerOPD do (written here from the formulas).
+loaded, scoring by the teacher and the gradient of the LM head included. The unit is one fp32 tensor of [tokens,
+vocabulary]. `naive` builds both models' log-softmaxes over the whole vocabulary, as the authors of PowerOPD do (written
+here from the formulas).
 
 On a GPU (`--device cuda`) memory is the peak allocated. Prints a table and writes benchmarks/results/memory-<name>.json.
 """
