@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from poweropd.objectives.divergences import Divergence, attach_gradient, quadrature
+from poweropd.objectives.divergences import REACH, Divergence, attach_gradient, exp_difference, quadrature
 
 
 def power(*, alpha: float) -> Divergence:
@@ -20,28 +20,26 @@ def power(*, alpha: float) -> Divergence:
     the step; `box_cox` keeps it.
     """
 
-    def advantage(logq: Tensor, logp: Tensor) -> Tensor:
-        return (alpha * logp).exp() - (alpha * logq).exp()
-
-    def term(logq: Tensor, logp: Tensor) -> Tensor:
-        q, p = logq.exp(), logp.exp()
-        return (alpha * (alpha * logp).exp() * (p - q) - q * advantage(logq, logp)) / (1 + alpha)
-
-    return Divergence(term, advantage)
+    return _power(alpha, scale=1.0)
 
 
 def box_cox(*, alpha: float) -> Divergence:
-    """`(p^alpha - q^alpha) / alpha`: PowerOPD before its 1/alpha is dropped; tends to the reverse KL as alpha -> 0.
+    """`(p^alpha - q^alpha) / alpha`: PowerOPD before its 1/alpha is dropped; tends to the reverse KL as alpha -> 0."""
+    return _power(alpha, scale=1 / alpha)
 
-    Computed with expm1: at small alpha both powers are near 1 and their difference would lose its digits.
-    """
+
+def _power(alpha: float, scale: float) -> Divergence:
+    """At small alpha both powers are near 1, at close models near each other: their difference is taken with its digits."""
 
     def advantage(logq: Tensor, logp: Tensor) -> Tensor:
-        return (torch.expm1(alpha * logp) - torch.expm1(alpha * logq)) / alpha
+        return scale * exp_difference(alpha * logp, alpha * logq)
 
     def term(logq: Tensor, logp: Tensor) -> Tensor:
-        q, p = logq.exp(), logp.exp()
-        return ((alpha * logp).exp() * (p - q) - q * advantage(logq, logp)) / (1 + alpha)
+        with torch.no_grad():
+            towards = scale * alpha * (alpha * logp).exp() * exp_difference(logp, logq)
+            slope = advantage(logq, logp)
+            value = (towards - logq.exp() * slope) / (1 + alpha)
+        return attach_gradient(value, logq, slope)
 
     return Divergence(term, advantage)
 
@@ -49,8 +47,8 @@ def box_cox(*, alpha: float) -> Divergence:
 def from_derivative(h: Callable[[Tensor], Tensor], *, nodes: int = 32) -> Divergence:
     """The Bregman divergence of any increasing h = phi', a function of the probability in (0, 1], elementwise.
 
-    Its value is taken by quadrature, phi(q) - phi(p) - h(p) (q - p) = (q - p) int_0^1 [h(p + t (q - p)) - h(p)] dt; its
-    gradient is exact.
+    Its value phi(q) - phi(p) - h(p) (q - p) = int_p^q [h(x) - h(p)] dx is taken by quadrature over log x, so that h may
+    grow without bound at 0; its gradient is exact.
     """
 
     def advantage(logq: Tensor, logp: Tensor) -> Tensor:
@@ -58,11 +56,13 @@ def from_derivative(h: Callable[[Tensor], Tensor], *, nodes: int = 32) -> Diverg
 
     def term(logq: Tensor, logp: Tensor) -> Tensor:
         with torch.no_grad():
-            q, p = logq.exp(), logp.exp()
-            value = -h(p)
+            at_teacher, high = h(logp.exp()), torch.maximum(logq, logp)
+            low = torch.maximum(torch.minimum(logq, logp), high - REACH)
+            value = torch.zeros_like(high)
             for place, weight in quadrature(nodes):
-                value = value + weight * h(p + place * (q - p))
-            value = value * (q - p)
+                x = (low + place * (high - low)).exp()
+                value += weight * x * (h(x) - at_teacher)
+            value *= (high - low) * (logq - logp).sign()
         return attach_gradient(value, logq, advantage(logq, logp))
 
     return Divergence(term, advantage)

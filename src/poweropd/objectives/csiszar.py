@@ -5,14 +5,13 @@ models push nothing, whatever the sampler leaves out (arXiv 2606.01039; the rows
 same formula). Each function returns a `Divergence`; r is log u.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from poweropd.objectives.divergences import Divergence, attach_gradient, quadrature
+from poweropd.objectives.divergences import REACH, Divergence, attach_gradient, exp_difference, quadrature
 
 
 def reverse_kl() -> Divergence:
@@ -41,15 +40,21 @@ def generalized_jsd(*, weight: float) -> Divergence:
     GKD, arXiv 2306.13649, eq. 1. The mixture is of probabilities, not of log-probabilities. At the ends the value
     tends to zero; TRL calls the two KL divergences weight 0 and 1 instead: use `forward_kl` and `reverse_kl` here.
     """
-    log_weight, log_rest = math.log(weight), math.log1p(-weight)
 
-    def term(logq: Tensor, logp: Tensor) -> Tensor:
-        mixture = torch.logaddexp(logp + log_weight, logq + log_rest)
-        return weight * logp.exp() * (logp - mixture) + (1 - weight) * logq.exp() * (logq - mixture)
+    def log_mixture(r: Tensor) -> Tensor:
+        """log(m / q), with its digits at weights near 0 and 1."""
+        below, above = r.clamp(max=0), r.clamp(min=0)
+        return torch.log1p(weight * torch.expm1(below)) + above + torch.log1p((1 - weight) * torch.expm1(-above))
 
     def advantage(logq: Tensor, logp: Tensor) -> Tensor:
-        r = logp - logq
-        return (1 - weight) * torch.logaddexp(r + log_weight, torch.full_like(r, log_rest))
+        return (1 - weight) * log_mixture(logp - logq)
+
+    def term(logq: Tensor, logp: Tensor) -> Tensor:
+        with torch.no_grad():
+            r = logp - logq
+            over_student = log_mixture(r)
+            value = weight * logp.exp() * (r - over_student) - (1 - weight) * logq.exp() * over_student
+        return attach_gradient(value, logq, (1 - weight) * over_student)
 
     return Divergence(term, advantage, of_ratio=True)
 
@@ -111,11 +116,19 @@ def cressie_read(*, alpha: float) -> Divergence:
     Neyman's and 2 half of Pearson's chi-squared.
     """
 
-    def term(logq: Tensor, logp: Tensor) -> Tensor:
-        q, p = logq.exp(), logp.exp()
-        return ((alpha * logp + (1 - alpha) * logq).exp() - q) / (alpha * (alpha - 1)) - (p - q) / (alpha - 1)
+    def advantage(logq: Tensor, logp: Tensor) -> Tensor:
+        return torch.expm1(alpha * (logp - logq)) / alpha
 
-    return Divergence(term, lambda logq, logp: torch.expm1(alpha * (logp - logq)) / alpha, of_ratio=True)
+    def term(logq: Tensor, logp: Tensor) -> Tensor:
+        with torch.no_grad():
+            powers, both = alpha * logp + (1 - alpha) * logq, exp_difference(logp, logq)
+            if abs(alpha) < 0.5:  # one f, written so that neither limit divides rounding by nearly nothing
+                value = (exp_difference(powers, logq) / alpha - both) / (alpha - 1)
+            else:
+                value = (exp_difference(powers, logp) / (alpha - 1) - both) / alpha
+        return attach_gradient(value, logq, advantage(logq, logp))
+
+    return Divergence(term, advantage, of_ratio=True)
 
 
 def limited(divergence: Divergence, *, low: float, high: float) -> Divergence:
@@ -146,7 +159,7 @@ def _at_ratio(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def clip(*, low: float, high: float) -> Divergence:
-    """What the clipped log-ratio `clip(r, low, high)` minimises: sum_v p (1 - e^-c) - c q, c = clip(r, low, high).
+    """What the clipped log-ratio `clip(r, low, high)` minimises: sum_v q (1 - c) - p e^-c, c = clip(r, low, high).
 
     arXiv 2606.17199, footnote 3, has the reward: low = -1, high = 1 by grid search.
     """
@@ -161,8 +174,8 @@ def tanh(*, tau: float) -> Divergence:
 def divergence_of(advantage: Callable[[Tensor], Tensor], *, nodes: int = 48) -> Divergence:
     """The f-divergence that a detached advantage a(r) of the log-ratio r minimises, for any non-decreasing a, a(0) = 0.
 
-    f(u) = u int_1^u a(log s) / s^2 ds is convex with f(1) = 0, and u f' - f = a. Its value is taken by quadrature, with
-    r = log u as q f(p/q) = r int_0^1 a(r t) exp(log p - r t) dt; its gradient is exact.
+    f(u) = u int_1^u a(log s) / s^2 ds is convex with f(1) = 0, and u f' - f = a. Its value is taken by quadrature, as
+    q f(p/q) = p int_0^r a(x) exp(-x) dx with r = log u; its gradient is exact.
 
     Args:
         advantage: elementwise, of r in nats.
@@ -172,10 +185,13 @@ def divergence_of(advantage: Callable[[Tensor], Tensor], *, nodes: int = 48) -> 
     def term(logq: Tensor, logp: Tensor) -> Tensor:
         r = logp - logq
         with torch.no_grad():
+            reach = r.clamp(-REACH, REACH)  # beyond it the integrand is nothing: at r where r < 0, at 0 elsewhere
+            start = (r - reach).clamp(max=0)
             value = torch.zeros_like(r)
             for place, weight in quadrature(nodes):
-                value += weight * advantage(r * place) * (logp - r * place).exp()
-            value *= r
+                x = start + place * reach
+                value += weight * advantage(x) * (logp - x).exp()
+            value *= reach
         return attach_gradient(value, logq, advantage(r))
 
     return Divergence(term, lambda logq, logp: advantage(logp - logq), of_ratio=True)

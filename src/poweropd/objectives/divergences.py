@@ -21,6 +21,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+REACH = 60.0  # nats from the larger end after which an integral over probabilities has all its digits
 Elementwise = Callable[[Tensor, Tensor], Tensor]  # (log q, log p), one shape -> that shape
 
 
@@ -60,6 +61,12 @@ def attach_gradient(term: Tensor, student_logprobs: Tensor, advantage: Tensor) -
     """`term` with the gradient that belongs to `advantage`, -q A d log q, whatever made the term."""
     slope = -(student_logprobs.exp() * advantage).detach()
     return term.detach() + slope * (student_logprobs - student_logprobs.detach())
+
+
+def exp_difference(a: Tensor, b: Tensor) -> Tensor:
+    """`exp(a) - exp(b)`, with its digits where the two are close and finite where they are; not for autograd."""
+    distance = a - b
+    return distance.sign() * torch.maximum(a, b).exp() * -torch.expm1(-distance.abs())
 
 
 @lru_cache(maxsize=4)

@@ -51,7 +51,7 @@ OBJECTIVES: dict[str, Row] = {
     "clip": Row(
         "log-ratio, clipped",
         "r = clip(log p - log q, low, high)",
-        "-sum_v [p (1 - exp(-c)) - c q], c = clip(log p - log q, low, high): an f-divergence with its minimum at q = p",
+        "-sum_v [q (1 - c) - p exp(-c)], c = clip(log p - log q, low, high): an f-divergence with its minimum at q = p",
         PAPER,
         csiszar.clip,
         _SAMPLED,
