@@ -69,6 +69,9 @@ GOOD = OBJECTIVES["squared_hellinger"]
 OWN: dict[str, Row | Divergence] = {
     "own_root": from_derivative(lambda x: x.sqrt()),
     "own_hellinger": from_generator(lambda u: (u.sqrt() - 1).square()),
+    "own_clip": divergence_of(lambda r: r.clamp(-1, 1)),
+    "own_log": from_derivative(torch.log),
+    "own_reciprocal": from_derivative(lambda x: -1 / x),
     "own_softsign": divergence_of(lambda r: r / (1 + r.abs())),
     "own_row": Row(
         "a third root", "r = p^(1/3) - q^(1/3)", "-B_phi(q || p)", "nowhere",
@@ -101,7 +104,8 @@ BROKEN: dict[str, tuple[Row | Divergence, str]] = {
     ),
     "wrong_sign": (wrong(advantage=lambda q, p: -advantage(q, p)), "estimators agree in expectation"),
     "stop_gradient": (wrong(advantage=lambda q, p: -advantage(q, p).square()), "estimators agree in expectation"),
-    "falling": (wrong(advantage=lambda q, p: torch.sin(3 * (p - q))), "advantage grows with the ratio"),
+    "falling": (wrong(advantage=lambda q, p: torch.sin(3 * (p - q))), "advantage grows with p and falls with q"),
+    "turning": (from_derivative(lambda x: torch.sin(3 * x)), "advantage grows with p and falls with q"),
     "raising": (wrong(advantage=lambda q, p: q.nonsense), "rewards are detached and finite"),
 }
 

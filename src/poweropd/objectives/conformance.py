@@ -133,6 +133,10 @@ def _differs(got: Tensor, wanted: Tensor, tolerance: float = 1e-7) -> bool:
     return not bool((got - wanted).abs().max() <= tolerance * (1 + wanted.abs().max()))
 
 
+def _numbers(values: Tensor) -> str:
+    return f"[{', '.join(f'{value:.3g}' for value in values.tolist())}]"
+
+
 def _need_value(objective: Objective) -> None:
     q, p = next(pairs())
     try:
@@ -169,7 +173,7 @@ def rewards_are_detached_and_finite(objective: Objective) -> Iterator[str]:
     if reward.shape != student.shape:
         yield f"its reward has shape {tuple(reward.shape)}, the log-probabilities have {tuple(student.shape)}"
     if not reward.isfinite().all():
-        yield f"its reward is not finite at log q {student.tolist()}, log p {teacher.tolist()}: {reward.tolist()}"
+        yield f"its reward is not finite at log q {_numbers(student)}, log p {_numbers(teacher)}: {_numbers(reward)}"
 
 
 def nothing_moves_where_both_agree(objective: Objective) -> Iterator[str]:
@@ -181,7 +185,7 @@ def nothing_moves_where_both_agree(objective: Objective) -> Iterator[str]:
         logprobs = p.log().expand(SIZE, -1)
         gradient = fused_gradients(objective, logprobs, logprobs, torch.arange(SIZE))
         if _differs(gradient, torch.zeros_like(gradient)):
-            yield f"with student = teacher = {p.tolist()} its gradient is {gradient.abs().max():.3g}, not 0"
+            yield f"with student = teacher = {_numbers(p)} its gradient is {gradient.abs().max():.3g}, not 0"
 
 
 def is_zero_at_the_teacher_and_positive_elsewhere(objective: Objective) -> Iterator[str]:
@@ -191,28 +195,31 @@ def is_zero_at_the_teacher_and_positive_elsewhere(objective: Objective) -> Itera
     for q, p in pairs():
         away, at = objective.full(q.log(), p.log()).item(), objective.full(p.log(), p.log()).item()
         if not away > 0:
-            yield f"its value is {away:.3g} for student {q.tolist()}, teacher {p.tolist()}; it must be positive"
+            yield f"its value is {away:.3g} for student {_numbers(q)}, teacher {_numbers(p)}; it must be positive"
         if abs(at) > 1e-9:
-            yield f"its value is {at:.3g} for student = teacher = {p.tolist()}; it must be 0"
+            yield f"its value is {at:.3g} for student = teacher = {_numbers(p)}; it must be 0"
 
 
 def gradient_is_that_of_its_value(objective: Objective) -> Iterator[str]:
-    """Autograd against central differences."""
+    """Its change along a line of logits against the integral of the gradient; kinks and quadratures do no harm there."""
     _need_value(objective)
     if objective.row.target is not None:
         raise _DoesNotApplyError("its target follows the student but is held fixed")
-    step = 1e-6
+    points = 4000
+    places = (torch.arange(points, dtype=torch.float64)[:, None] + 0.5) / points
     for q, p in pairs():
-        differences = torch.stack(
-            [
-                objective.full((q.log() + shift).log_softmax(-1), p.log())
-                - objective.full((q.log() - shift).log_softmax(-1), p.log())
-                for shift in step * torch.eye(SIZE, dtype=torch.float64)
-            ]
-        ) / (2 * step)
-        gradient = exact_gradient(objective.full, q, p)
-        if _differs(gradient, differences, 1e-4):
-            yield f"autograd gives {gradient.tolist()}, finite differences {differences.tolist()}"
+        start, way = q.log(), q.log().roll(1) - q.log()
+        logits = (start + places * way).requires_grad_()
+        values = objective.full(logits.log_softmax(-1), p.log().expand(points, -1))
+        (gradients,) = torch.autograd.grad(values.sum(), logits)
+        ends = torch.stack([start, start + way])
+        change = objective.full(ends.log_softmax(-1), p.log().expand(2, -1)).diff()
+        integral = (gradients @ way).mean()
+        if _differs(integral, change, 2e-3):
+            yield (
+                f"from student {_numbers(q)} to {_numbers(q.roll(1))}, teacher {_numbers(p)}, it changes by "
+                f"{change.item():.4g}, and its gradient integrates to {integral.item():.4g}"
+            )
 
 
 def estimators_agree_in_expectation(objective: Objective) -> Iterator[str]:
@@ -236,7 +243,7 @@ def estimators_agree_in_expectation(objective: Objective) -> Iterator[str]:
             for q, p in pairs():
                 got, wanted = expected_gradient(other, q, p), exact_gradient(other.full, q, p)
                 if _differs(got, wanted, 1e-6):
-                    yield f"{other}: expected gradient {got.tolist()}, that of its value {wanted.tolist()}"
+                    yield f"{other}: expected gradient {_numbers(got)}, that of its value {_numbers(wanted)}"
 
 
 def _fitting(objective: Objective, given: Mapping[str, Any], estimator: str) -> dict[str, Any]:
@@ -280,15 +287,23 @@ def fused_gradient_is_that_of_the_written_out_loss(objective: Objective) -> Iter
         yield f"the fused gradient differs from the written-out one by {(got - wanted).abs().max():.3g}"
 
 
-def advantage_grows_with_the_ratio(objective: Objective) -> Iterator[str]:
-    """An advantage of the ratio that somewhere falls is no f-divergence's gradient."""
-    if objective.row.divergence is None or not objective.divergence.of_ratio:
-        raise _DoesNotApplyError("it is no f-divergence")
-    r = torch.linspace(-8, 8, 401, dtype=torch.float64)
-    advantage = objective.divergence.advantage(torch.zeros_like(r), r)
-    falls = advantage.diff() < -1e-12
-    if falls.any():
-        yield f"its advantage falls at log u = {r[1:][falls][0]:.3g}: it is not the gradient of any f-divergence"
+def advantage_orders_by_probability(objective: Objective) -> Iterator[str]:
+    """An advantage that falls while p grows, or grows with q, belongs to no f-divergence and to no Bregman divergence."""
+    if objective.row.divergence is None:
+        raise _DoesNotApplyError("it has no divergence")
+    low = torch.linspace(-12, -0.7, 60, dtype=torch.float64)
+    logprobs = torch.cat([low, torch.linspace(0.51, 0.9999, 60, dtype=torch.float64).log()])
+    logq, logp = logprobs[:, None].expand(-1, 120), logprobs[None, :].expand(120, -1)
+    advantage = objective.divergence.advantage(logq, logp)
+    slack = 1e-9 * (1 + advantage.abs())
+    for axis, motion, rise in (("p", "falls", -advantage.diff(dim=1)), ("q", "grows", advantage.diff(dim=0))):
+        wrong = rise > (slack[:, 1:] if axis == "p" else slack[1:])
+        if wrong.any():
+            row, column = (int(place) for place in wrong.nonzero()[0])
+            yield (
+                f"its advantage {motion} while {axis} grows, at q = {logq[row, column].exp():.3g}, "
+                f"p = {logp[row, column].exp():.3g}"
+            )
 
 
 PROPERTIES: dict[str, Callable[[Objective], Iterator[str]]] = {
@@ -300,5 +315,5 @@ PROPERTIES: dict[str, Callable[[Objective], Iterator[str]]] = {
     "gradient is that of its value": gradient_is_that_of_its_value,
     "estimators agree in expectation": estimators_agree_in_expectation,
     "fused gradient is that of the written-out loss": fused_gradient_is_that_of_the_written_out_loss,
-    "advantage grows with the ratio": advantage_grows_with_the_ratio,
+    "advantage grows with p and falls with q": advantage_orders_by_probability,
 }

@@ -10,10 +10,14 @@ from torch import Tensor
 from poweropd.objectives import shaping
 from poweropd.objectives.csiszar import limited
 from poweropd.objectives.divergences import Divergence, attach_gradient, coarsen
+from poweropd.objectives.lm_head import wide
 from poweropd.objectives.positions import Positions
 from poweropd.objectives.row import Needs, Row
 from poweropd.objectives.settings import Value
 from poweropd.objectives.shaping import StepTokens
+
+
+IMPOSSIBLE = -1e4  # log-probability of what a model cannot emit, in nats
 
 
 @dataclass(frozen=True)
@@ -179,11 +183,9 @@ class Objective:
     def score(self, at: Positions) -> Tensor:
         """The advantage [B] of each sampled token, before whole-step shaping; detached."""
         if self.estimator == "sampled":
-            score = self.reward(at.logprobs, at.teacher_logprobs)
+            score = self._gated_reward(at.logprobs, at.teacher_logprobs)
             if self.looks_at_student:
                 score = score - self._expected_reward(at.student, at.teacher)
-            if self.row.gate is not None:
-                score = score * self.row.gate(at, self.settings)
         else:
             score = torch.zeros_like(at.logprobs)
             if self.estimator == "top_k" and self.settings["tail"] == "sample":
@@ -209,7 +211,13 @@ class Objective:
         """`E_{v ~ q}[reward(v)]`, [...] from [..., V]: the exact baseline."""
         if student is None or teacher is None:
             raise ValueError(f"objective {self.name} needs whole distributions for baseline exact, which are not there")
-        return (student.detach().exp() * self.reward(student, teacher)).sum(-1)
+        return (student.detach().exp() * self._gated_reward(student, teacher)).sum(-1)
+
+    def _gated_reward(self, student_logprobs: Tensor, teacher_logprobs: Tensor | None) -> Tensor:
+        reward = self.reward(student_logprobs, teacher_logprobs)
+        if self.row.gate is None or teacher_logprobs is None:
+            return reward
+        return reward * self.row.gate(student_logprobs.detach(), teacher_logprobs, self.settings)
 
     def divergence_estimate(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor | None:
         """f(p/q) of tokens sampled from the student, whose mean estimates the f-divergence that a reward descends.
@@ -279,63 +287,81 @@ class Objective:
         What depends on other tokens takes the last axis for one rollout; the exact baseline takes it for the vocabulary.
 
         Args:
-            student_logprobs, teacher_logprobs: log q and log p, one shape, in nats.
+            student_logprobs, teacher_logprobs: log q and log p, one shape, in nats; -inf counts as -10,000.
+
+        Returns:
+            That shape, in fp32 or wider. Which tokens `reopold` drops is decided over a whole step, by `shape`.
 
         Raises:
             ValueError: the objective has no sampled form, or one that a single axis cannot show.
         """
-        reward = self.reward(student_logprobs, teacher_logprobs)
-        if teacher_logprobs is None:
+        student, teacher = self._arguments(student_logprobs, teacher_logprobs)
+        reward = self._gated_reward(student, teacher)
+        if teacher is None:
             return reward
-        if self.row.gate is not None:
-            at = Positions(torch.zeros_like(reward, dtype=torch.long), teacher_logprobs, logprobs=student_logprobs)
-            reward = reward * self.row.gate(at, self.settings)
         if self.settings.get("baseline") == "leave_one_out":
             raise ValueError("objective.baseline leave_one_out compares the rollouts of one prompt: use `shape`")
+        shapes_rollout = self.settings.get("normalize", "none") != "none" or self._number("discount")
         if self.looks_at_student:
-            if self.needs_whole_step:
+            if shapes_rollout:
                 raise ValueError(
                     "objective.baseline exact looks along the vocabulary, and the rest along tokens: use `shape`"
                 )
-            reward = reward - self._expected_reward(student_logprobs, teacher_logprobs)[..., None]
-        if not self.needs_whole_step or self.row.select is not None:
+            reward = reward - self._expected_reward(student, teacher)[..., None]
+        if not shapes_rollout or not reward.numel():
             return reward
-        rows = [
-            values.detach().reshape(-1, values.shape[-1]) for values in (student_logprobs, teacher_logprobs, reward)
-        ]
-        shaped = [self.shape(StepTokens.of_one_rollout(*row)).advantages for row in zip(*rows, strict=True)]
+        alone = replace(self, row=replace(self.row, select=None))  # which tokens are kept is decided over a step
+        length = reward.shape[-1] if reward.dim() else 1
+        rows = [values.detach().reshape(-1, length) for values in (student, teacher, reward)]
+        shaped = [alone.shape(StepTokens.of_one_rollout(*row)).advantages for row in zip(*rows, strict=True)]
         return torch.stack(shaped).reshape(reward.shape)
 
     def full(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
         """The divergence at each position, `[..., V] -> [...]`, differentiable in the student.
 
+        In fp32 or wider; a log-probability of -inf counts as -10,000. Which tokens `tip` keeps is decided over a whole
+        step, by `shape`.
+
         Raises:
             ValueError: there is no such function: the objective is a reward of sampled tokens alone.
         """
         shaped = self.settings.get("normalize", "none") != "none" or self._number("discount")
-        if "full" not in self.row.estimators or self.row.gate is not None or shaped:
-            raise ValueError(
-                f"objective {self.name} has no full-vocabulary form: its update is not the gradient of a function of the "
-                "two distributions at one position. reverse_kl, forward_kl and power have one"
-            )
-        teacher_logprobs = teacher_logprobs.detach()
-        value = self.divergence.value(student_logprobs, self._target(student_logprobs, teacher_logprobs))
+        if "full" not in self.row.estimators or shaped:
+            exact = "" if self.row.on_golden_answers else "; reverse_kl, forward_kl and power have one"
+            raise ValueError(f"objective {self.name} has no full-vocabulary form{exact}")
+        student, teacher = self._arguments(student_logprobs, teacher_logprobs)
+        assert teacher is not None
+        value = self.divergence.value(student, self._target(student, teacher))
         if self.row.extra is None:
             return value
-        rows = (values.reshape(-1, values.shape[-1]) for values in (student_logprobs, teacher_logprobs))
+        rows = (values.reshape(-1, values.shape[-1]) for values in (student, teacher))
         at = Positions.of_distributions(*rows).with_top(self.k)
         return value + self.row.extra(at, self.settings).reshape(value.shape)
 
     def top_k(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
         """The divergence on the teacher's k likeliest tokens, the tail as set; `[..., V] -> [...]`, as `full`.
 
+        With tail sample it is the sum over those tokens alone, which may be negative: the sampled token adds the rest.
+
         Raises:
             ValueError: the objective has no such form.
         """
         if "top_k" not in self.row.estimators:
-            raise ValueError(f"objective {self.name} has no top-k form: it has {', '.join(self.row.estimators)}")
-        top = teacher_logprobs.detach().topk(min(self.k, teacher_logprobs.shape[-1]), dim=-1)
-        return self._top_k(student_logprobs, top.indices, top.values)
+            raise ValueError(f"objective {self.name} has no top-k form; reverse_kl, forward_kl and power have one")
+        student, teacher = self._arguments(student_logprobs, teacher_logprobs)
+        assert teacher is not None
+        top = teacher.topk(min(self.k, teacher.shape[-1]), dim=-1)
+        return self._top_k(student, top.indices, top.values)
+
+    def _arguments(self, student: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Both in fp32 or wider and finite, the teacher detached."""
+        if teacher is not None and teacher.shape != student.shape:
+            raise ValueError(
+                f"objective {self.name}: the student's log-probabilities have shape {list(student.shape)}, the teacher's "
+                f"{list(teacher.shape)}; give both one shape"
+            )
+        student = student.to(wide(student.dtype)).clamp(min=IMPOSSIBLE)
+        return student, None if teacher is None else teacher.detach().to(student.dtype).clamp(min=IMPOSSIBLE)
 
 
 def _short(value: Value) -> str:

@@ -35,14 +35,10 @@ def uncertain_forward_kl(at: Positions, settings: Settings) -> Tensor:
     return float(settings["coefficient"]) * (at.teacher_entropies >= float(settings["threshold"])) * value
 
 
-def _is_gated(at: Positions, settings: Settings) -> Tensor:
-    assert at.teacher_logprobs is not None
-    return at.teacher_logprobs.exp() - at.logprobs.exp() <= float(settings["threshold"])
-
-
-def ungated_reward(at: Positions, settings: Settings) -> Tensor:
-    """Asymmetric OPD: the log-ratio stays where `p - q > threshold`, [B]."""
-    return (~_is_gated(at, settings)).to(at.logprobs.dtype)
+def ungated(student_logprobs: Tensor, teacher_logprobs: Tensor, settings: Settings) -> Tensor:
+    """Asymmetric OPD: 1 where the log-ratio stays, `p - q > threshold`, else 0; elementwise."""
+    above = teacher_logprobs.exp() - student_logprobs.exp() > float(settings["threshold"])
+    return above.to(student_logprobs.dtype)
 
 
 def gated_forward_kl(at: Positions, settings: Settings) -> Tensor:
@@ -53,8 +49,10 @@ def gated_forward_kl(at: Positions, settings: Settings) -> Tensor:
     assert at.student is not None
     assert at.top_ids is not None
     assert at.top_logprobs is not None
+    assert at.teacher_logprobs is not None
+    gated = 1 - ungated(at.logprobs, at.teacher_logprobs, settings)
     student, teacher = coarsen(at.student, at.top_ids, at.top_logprobs, tail="keep")
-    return _is_gated(at, settings) * (teacher.exp() * (teacher - student)).sum(-1) / at.top_ids.shape[-1]
+    return gated * (teacher.exp() * (teacher - student)).sum(-1) / at.top_ids.shape[-1]
 
 
 def vetoed_target(student: Tensor, teacher: Tensor, settings: Settings, progress: float) -> Tensor:

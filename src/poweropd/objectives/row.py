@@ -26,7 +26,7 @@ class Row:
         settings: the row's own.
         defaults: what it sets of the settings that every objective has.
         fixed_point: where its update vanishes; `teacher` for every proper divergence.
-        gate: factor [B] on the reward of each token.
+        gate: factor on the reward of a token, elementwise, from log q and log p of it.
         extra: further exact term [B] over the teacher's top k.
         target: the distribution [..., V] that is put in the teacher's place.
         select: which tokens [N] of a step are trained on.
@@ -42,7 +42,7 @@ class Row:
     settings: Mapping[str, Setting] = field(default_factory=dict)
     defaults: Mapping[str, Value] = field(default_factory=dict)
     fixed_point: str = "teacher"
-    gate: Callable[[Positions, Mapping[str, Value]], Tensor] | None = None
+    gate: Callable[[Tensor, Tensor, Mapping[str, Value]], Tensor] | None = None
     extra: Callable[[Positions, Mapping[str, Value]], Tensor] | None = None
     target: Callable[[Tensor, Tensor, Mapping[str, Value], float], Tensor] | None = None
     select: Callable[[StepTokens, Mapping[str, Value], float], Tensor] | None = None

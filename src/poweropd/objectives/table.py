@@ -228,7 +228,7 @@ OBJECTIVES: dict[str, Row] = {
             "k": Number(32, "teacher tokens of the forward KL", low=1, closed="low", integer=True),
         },
         fixed_point="the teacher, but for a pull of (1/k) of the tail's mass towards its top k",
-        gate=published.ungated_reward,
+        gate=published.ungated,
         extra=published.gated_forward_kl,
     ),
     "tip": Row(
