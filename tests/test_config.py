@@ -9,6 +9,7 @@ from conftest import RECIPE, ROOT
 from poweropd.config import Recipe, load_recipe, parse_recipe
 from poweropd.errors import ConfigError
 from poweropd.recipes import section_in
+from poweropd.rollout.sources import off_policy_notes
 
 BARE = {
     "student": {"model": "s"},
@@ -163,7 +164,8 @@ def test_every_setting_says_what_it_means() -> None:
     ],
 )
 def test_what_is_not_corrected_is_said(settings: list[str], said: list[str]) -> None:
-    notes = load_recipe(RECIPE, settings).off_policy_notes()
+    recipe = load_recipe(RECIPE, settings)
+    notes = off_policy_notes(recipe.rollout, recipe.objective.build())
     assert len(notes) == len(said)
     assert all(part in note for part, note in zip(said, notes, strict=True))
 

@@ -243,7 +243,7 @@ def objectives(
             for name in OBJECTIVES:
                 console.print(f"[bold]{name}[/bold]")
                 for label, text in facts(name):
-                    console.print(f"  {label:<18}{text}", markup=False)
+                    console.print(f"  {label:<18} {text}", markup=False)
 
 
 def _check_objective(name: str) -> None:

@@ -315,11 +315,24 @@ class Recipe(Section):
                 f"objective.name {self.objective.name} trains on golden answers alone: it needs rollout.sources "
                 f"{{golden: 1}}, got {flow(self.rollout.sources)}; set rollout.sources, or choose another objective"
             )
-        settings = self.objective.build().settings
+        objective, rollout = self.objective.build(), self.rollout
+        weighed = {name: getattr(rollout, name) for name in ("importance", "importance_cap")}
+        changed = [name for name, value in weighed.items() if value != RolloutConfig.model_fields[name].default]
+        if changed and not (objective.has_score and (rollout.teacher_mixing or "teacher" in rollout.sources)):
+            raise ValueError(
+                f"rollout.{changed[0]}: {weighed[changed[0]]} does nothing: it weighs the sampled rewards of the teacher's "
+                "rollouts, and there are none; leave it out, or change rollout.sources, teacher_mixing or objective.estimator"
+            )
+        settings = objective.settings
         if settings.get("baseline") == "leave_one_out" and self.sampling.samples_per_prompt < 2:
             raise ValueError(
                 "objective.baseline leave_one_out compares the rollouts of one prompt: set sampling.samples_per_prompt to 2 or "
                 f"more, got {self.sampling.samples_per_prompt}, or choose baseline exact"
+            )
+        if settings.get("baseline") == "leave_one_out" and set(rollout.sources) == {"golden"}:
+            raise ValueError(
+                "objective.baseline leave_one_out compares the rollouts of one prompt, and rollout.sources {golden: 1} has "
+                "one answer to each; choose another baseline"
             )
         if self.guard.action == "raise_reference_kl" and not settings.get("reference_kl", 0):
             raise ValueError(
@@ -348,21 +361,6 @@ class Recipe(Section):
         if not isinstance(self.data, list):
             return {"data": self.data}
         return {f"data.{place}": section for place, section in enumerate(self.data)}
-
-    def off_policy_notes(self) -> list[str]:
-        """What nothing corrects where others than the student write the answers; a line each."""
-        objective, rollout = self.objective.build(), self.rollout
-        others: list[str] = [source for source in rollout.sources if source != "student"]
-        if rollout.teacher_mixing:
-            others.append(f"student with {rollout.teacher_mixing:g} of the teacher")
-        if not others or objective.row.on_golden_answers:
-            return []
-        notes = [f"off-policy: the prefixes of {' and '.join(others)} are taken as they are"]
-        if objective.estimator == "sampled" and "golden" in rollout.sources:
-            notes.append("off-policy: nobody sampled the golden answers, so their rewards are not weighted")
-        if objective.estimator == "sampled" and rollout.importance == "none" and others != ["golden"]:
-            notes.append("off-policy: rewards are not weighted (rollout.importance=none)")
-        return notes
 
     def to_yaml(self) -> str:
         """The whole recipe with every default written out."""

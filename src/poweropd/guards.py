@@ -33,10 +33,16 @@ def refuse_non_finite(
             at = int(bad.nonzero()[0])
             place = int(terms.places[at])
             token = tokenizer.decode([rollout.response_ids[place]])
+            finite = torch.isfinite(torch.stack([terms.logprobs[at], terms.teacher_logprobs[at]])).all()
+            advice = (
+                "the models are too far apart for it: set objective.ratio_limit, or choose a bounded objective such as power"
+                if step == 0 and finite
+                else "try a lower learning rate"
+            )
             raise NonFiniteError(
                 f"step {step}: not finite at token {place} ({token!r}) of the response to prompt {rollout.prompt.id}: reward "
                 f"{signal[at]:g}, log-probability {terms.logprobs[at]:g} (student), "
-                f"{terms.teacher_logprobs[at]:g} (teacher). No update was made, try a lower learning rate"
+                f"{terms.teacher_logprobs[at]:g} (teacher). No update was made, {advice}"
             )
     raise NonFiniteError(
         f"step {step}: loss {result.loss:g}, gradient norm {grad_norm:g}, though every reward is finite: the backward "

@@ -1,5 +1,6 @@
 """Recipe files as nested values: reading, `extends`, overrides; and what is wrong with them, in words."""
 
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,7 +18,7 @@ NOT_NAMES = {"[key]", "one section", "several sections"}  # of pydantic, in the 
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is written twice, of which YAML takes the last in silence."""
+    """Refuses a key that is written twice, of which YAML takes the last in silence, and reads 1e-3 as a number."""
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -27,6 +28,11 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
             seen.add(str(key.value))
         return node
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -76,7 +82,7 @@ def override(values: dict[str, Any], setting: str) -> dict[str, Any]:
     if not separator or not key:
         raise ConfigError(f"--set {setting!r}: give it as section.key=value, for example train.steps=20")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise ConfigError(f"--set {setting!r}: the value is not valid YAML") from None
     if key == "objective.name":
@@ -174,6 +180,8 @@ def in_words(problem: Any, root: type[BaseModel]) -> str:
     if problem["type"] == "value_error":
         message = str(problem["ctx"]["error"])
         return message if not name or message.startswith(f"{name}.") else f"{name}: {message}"
+    if problem["type"] == "model_type":
+        return f"{name}: a section of settings is needed, got {problem['input']!r}; leave it out for its defaults"
     message = problem["msg"][:1].lower() + problem["msg"][1:]
     return f"{name}: {message}, got {problem['input']!r}"
 

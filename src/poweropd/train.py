@@ -28,6 +28,7 @@ from poweropd.objectives import Objective, build
 from poweropd.objectives.schedules import Coefficient
 from poweropd.rollout.engine import RolloutEngine
 from poweropd.rollout.golden import GoldenEngine
+from poweropd.rollout.sources import off_policy_notes
 from poweropd.runlog import CHECKPOINTS, RECIPE, STUDENT, SUMMARY, RunDirectory
 from poweropd.teacher.scorer import judge
 from poweropd.types import Prompt, ScoredRollout
@@ -124,7 +125,7 @@ class _Training:
         for message in parts.pair.introduction():
             self._observer.say(message)
         self._observer.say(f"{parts.objective}: {recipe.train.steps} steps of {recipe.train.prompts_per_step} prompts")
-        for note in recipe.off_policy_notes():
+        for note in off_policy_notes(recipe.rollout, parts.objective):
             self._observer.say(note)
         start = self._restore()
         evaluations: dict[str, dict[str, Any]] = {}

@@ -15,6 +15,19 @@ from poweropd.objectives.table import OBJECTIVES
 
 _K3 = "k3 as a loss follows the gradient of KL(reference || student); full and k2_loss follow KL(student || reference)"
 
+USUAL_NAMES = {
+    **dict.fromkeys(("opd", "vanilla", "k1"), "log_ratio"),
+    **dict.fromkeys(("poweropd", "power_opd"), "power"),
+    **dict.fromkeys(("rkl", "minillm"), "reverse_kl"),
+    **dict.fromkeys(("fkl", "kl", "kd"), "forward_kl"),
+    **dict.fromkeys(("jsd", "js"), "jensen_shannon"),
+    **dict.fromkeys(("gkd", "gjs"), "generalized_jsd"),
+    **dict.fromkeys(("tv", "tvd"), "total_variation"),
+    **dict.fromkeys(("opd+", "opd_plus"), "any f-divergence with estimator sampled, for example forward_kl,"),
+    "hellinger": "squared_hellinger",
+    "stableopd": "stable_opd",
+}  # what papers and other programs call them: named in the message, not accepted
+
 TOP_K: dict[str, Setting] = {
     "k": Number(32, "teacher tokens of estimator top_k", low=1, closed="low", integer=True),
     "tail": Choice(
@@ -88,7 +101,8 @@ def settings_of(row: Row) -> dict[str, Setting]:
     if not row.on_golden_answers:
         common |= STABILITY
     common |= {key: replace(common[key], default=value) for key, value in row.defaults.items()}  # type: ignore[arg-type]
-    return {**row.settings, **{key: setting for key, setting in common.items() if key not in row.settings}}
+    kept = {key: setting for key, setting in common.items() if key not in row.settings and key not in row.fixed}
+    return {**row.settings, **kept}
 
 
 def _is_of_ratio(row: Row) -> bool:
@@ -112,7 +126,7 @@ def build(name: str, **settings: Any) -> Objective:
     values, problems = fill(known, {key: value for key, value in settings.items() if key not in foreign}, name)
     problems += [f"objective.{key}: {name} does not take it: {reason}" for key, reason in foreign.items()]
     if not problems:
-        objective = Objective(name, row, values, given=tuple(settings))
+        objective = Objective(name, row, {**values, **row.fixed}, given=tuple(settings))
         problems = _without_meaning(objective)
     if problems:
         raise ValueError("\n".join(problems))
@@ -121,6 +135,8 @@ def build(name: str, **settings: Any) -> Objective:
 
 def _belongs_to(key: str, row: Row) -> str | None:
     """Why a setting that other rows take is not one of this row."""
+    if key in row.fixed:
+        return f"{key} {row.fixed[key]} is what makes it what it is; log_ratio and reverse_kl take any"
     if row.on_golden_answers:
         return "it has no teacher" if key in (*TOP_K, *REWARD, *RATIO, *STABILITY, "estimator") else None
     if key in RATIO and "sampled" in row.estimators:
@@ -138,10 +154,15 @@ def row_of(name: str) -> Row:
     Raises:
         ValueError: there is none.
     """
+    if not isinstance(name, str):
+        raise ValueError(
+            f"objective.name: {name!r} is a {type(name).__name__}; give the name of a row, or module:attribute"
+        )
     if ":" in name:
         return _own_row(name)
     if name not in OBJECTIVES:
-        hint = nearest(name, OBJECTIVES) or f"; known: {', '.join(OBJECTIVES)}"
+        usual = USUAL_NAMES.get(name.lower().replace("-", "_"))
+        hint = f"; it is {usual} here" if usual else nearest(name, OBJECTIVES) or f"; known: {', '.join(OBJECTIVES)}"
         raise ValueError(f"objective.name: unknown objective {name!r}{hint}")
     return OBJECTIVES[name]
 
@@ -149,16 +170,25 @@ def row_of(name: str) -> Row:
 def _own_row(name: str) -> Row:
     module_name, _, attribute = name.partition(":")
     here = str(Path.cwd())
+    if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
+        raise ValueError(
+            f"objective.name: {name!r} names no attribute of a module; give module:attribute, for example "
+            f"my_file:my_objective for my_objective in {here}/my_file.py"
+        )
     if here not in sys.path:
         sys.path.insert(0, here)  # a command's path starts at its own folder, not at the user's
     try:
-        found = getattr(importlib.import_module(module_name), attribute)
-    except ImportError as error:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a user's own file may raise anything
+        what = (
+            str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {' '.join(str(error).split())}"
+        )
+        raise ValueError(f"objective.name: cannot import {module_name!r} from {here}: {what}") from error
+    if not hasattr(module, attribute):
         raise ValueError(
-            f"objective.name: cannot import {module_name!r} from {here}: {error}; give module:attribute"
-        ) from None
-    except AttributeError:
-        raise ValueError(f"objective.name: module {module_name!r} has no {attribute!r}") from None
+            f"objective.name: module {module_name!r} has no {attribute!r}{nearest(attribute, vars(module))}"
+        )
+    found = getattr(module, attribute)
     if isinstance(found, Divergence):
         equation = f"see {name}"
         return Row(f"the divergence {name}", equation, f"-D of {name}, prefixes held fixed", name, lambda: found,
@@ -183,6 +213,10 @@ def _without_meaning(objective: Objective) -> list[str]:
             for key in TOP_K
             if key in given and key not in objective.row.settings
         ]
+    if estimator == "top_k" and values.get("tail") == "renormalize" and objective.k < 2:
+        problems.append(
+            "objective.k: 1: renormalised, one token has probability 1 under both models; set it to 2 or more"
+        )
     form, schedule = values.get("reference_kl_form"), values.get("reference_kl_schedule")
     if not values.get("reference_kl"):
         problems += [

@@ -60,7 +60,9 @@ class Divergence:
 def attach_gradient(term: Tensor, student_logprobs: Tensor, advantage: Tensor) -> Tensor:
     """`term` with the gradient that belongs to `advantage`, -q A d log q, whatever made the term."""
     q = student_logprobs.detach().exp()
-    slope = -torch.where(q > 0, q * advantage.detach(), 0.0)  # what is never sampled pulls nothing, however much it would
+    slope = -torch.where(
+        q > 0, q * advantage.detach(), 0.0
+    )  # what is never sampled pulls nothing, however much it would
     return term.detach() + slope * (student_logprobs - student_logprobs.detach())
 
 

@@ -16,7 +16,6 @@ from poweropd.objectives.row import Needs, Row
 from poweropd.objectives.settings import Value
 from poweropd.objectives.shaping import StepTokens
 
-
 IMPOSSIBLE = -1e4  # log-probability of what a model cannot emit, in nats
 
 

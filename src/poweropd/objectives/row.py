@@ -24,7 +24,8 @@ class Row:
         divergence: makes it; called with every setting of the row.
         estimators: those it has; the first is the default.
         settings: the row's own.
-        defaults: what it sets of the settings that every objective has.
+        defaults: other defaults of settings that many objectives have.
+        fixed: those of them that make it what it is, and cannot be set.
         fixed_point: where its update vanishes; `teacher` for every proper divergence.
         gate: factor on the reward of a token, elementwise, from log q and log p of it.
         extra: further exact term [B] over the teacher's top k.
@@ -41,6 +42,7 @@ class Row:
     estimators: tuple[Estimator, ...] = ()
     settings: Mapping[str, Setting] = field(default_factory=dict)
     defaults: Mapping[str, Value] = field(default_factory=dict)
+    fixed: Mapping[str, Value] = field(default_factory=dict)
     fixed_point: str = "teacher"
     gate: Callable[[Tensor, Tensor, Mapping[str, Value]], Tensor] | None = None
     extra: Callable[[Positions, Mapping[str, Value]], Tensor] | None = None
@@ -51,7 +53,7 @@ class Row:
     @property
     def needs(self) -> Needs:
         """What the teacher must give, with every setting at its default."""
-        return self.needs_with(next(iter(self.estimators), "sampled"), self.defaults.get("baseline", "none"))
+        return self.needs_with(next(iter(self.estimators), "sampled"), self.fixed.get("baseline", "none"))
 
     def needs_with(self, estimator: str, baseline: Value) -> Needs:
         """What the teacher must give: log p of the sampled token, its k likeliest, its whole distribution, or nothing."""

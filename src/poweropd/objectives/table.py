@@ -76,7 +76,7 @@ OBJECTIVES: dict[str, Row] = {
         PAPER,
         csiszar.reverse_kl,
         ("sampled",),
-        defaults={"normalize": "zscore"},
+        fixed={"normalize": "zscore"},
     ),
     "sign_max_abs": Row(
         "log-ratio, each sign divided by its largest magnitude in the batch: log_ratio with normalize sign_max_abs",
@@ -85,7 +85,7 @@ OBJECTIVES: dict[str, Row] = {
         "authors' code of arXiv 2606.17199",
         csiszar.reverse_kl,
         ("sampled",),
-        defaults={"normalize": "sign_max_abs"},
+        fixed={"normalize": "sign_max_abs"},
     ),
     "reverse_kl": Row(
         "KL(student || teacher)",
@@ -182,7 +182,7 @@ OBJECTIVES: dict[str, Row] = {
         "vOPD, arXiv 2605.07865",
         csiszar.reverse_kl,
         ("sampled",),
-        defaults={"baseline": "exact"},
+        fixed={"baseline": "exact"},
     ),
     "reopold": Row(
         "log-ratio with a floor; tokens below it are dropped early, tokens of low student entropy later",
@@ -248,7 +248,7 @@ OBJECTIVES: dict[str, Row] = {
         "Revisiting OPD, arXiv 2603.25562",
         csiszar.reverse_kl,
         ("top_k",),
-        defaults={"tail": "renormalize"},
+        fixed={"tail": "renormalize"},
         fixed_point="any student proportional to the teacher on its top k",
     ),
     "veto": Row(

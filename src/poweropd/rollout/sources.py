@@ -3,11 +3,28 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
+from poweropd.config import RolloutConfig
+from poweropd.objectives import Objective
 from poweropd.rollout.engine import RolloutEngine, Sampling
 from poweropd.rollout.sampling import uniforms
 from poweropd.types import Prompt, Rollout, Source
 
 ORDER: tuple[Source, ...] = get_args(Source)
+
+
+def off_policy_notes(config: RolloutConfig, objective: Objective) -> list[str]:
+    """What nothing corrects where others than the student write the answers; a line each."""
+    others: list[str] = [source for source in config.sources if source != "student"]
+    if config.teacher_mixing:
+        others.append(f"student with {config.teacher_mixing:g} of the teacher")
+    if not others or objective.row.on_golden_answers:
+        return []
+    notes = [f"off-policy: the prefixes of {' and '.join(others)} are taken as they are"]
+    if objective.estimator == "sampled" and "golden" in config.sources:
+        notes.append("off-policy: nobody sampled the golden answers, so their rewards are not weighted")
+    if objective.estimator == "sampled" and config.importance == "none" and others != ["golden"]:
+        notes.append("off-policy: rewards are not weighted (rollout.importance=none)")
+    return notes
 
 
 class SourceEngine:
