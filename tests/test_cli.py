@@ -187,6 +187,8 @@ def test_dry_run_prints_every_default(tmp_path: Path) -> None:
     )
     assert code == 0, output
     assert "max_grad_norm: 1.0" in output
+    assert "# objective power, what is not set: " in output
+    assert "normalize: none" in output
     assert "sampler parity" in output
     assert not list(tmp_path.iterdir())
 
@@ -260,6 +262,18 @@ def test_the_guides_own_objective_is_checked_and_trained(own_folder: Path) -> No
     assert "objective.name: module 'mine' has no 'absent'" in complaint(
         *train(own_folder / "b", "objective.name=mine:absent")
     )
+    (code,) = re.findall(r"```python\n(# roots.py\n.*?)```", guide, flags=re.DOTALL)
+    (own_folder / "roots.py").write_text(code)
+    status, output = invoke("objectives", "--check", "roots:root")
+    assert status == 0, output
+    status, output = train(own_folder / "c", "objective.name=roots:root", "objective.degree=3")
+    assert status == 0, output
+
+
+def test_a_reward_that_overflows_at_once_is_told_from_a_run_that_diverges(tmp_path: Path) -> None:
+    line = complaint(*train(tmp_path / "run", "objective.name=cressie_read", "objective.alpha=-60"))
+    assert "step 0: not finite at token" in line
+    assert "set objective.ratio_limit, or choose a bounded objective such as power" in line
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,10 @@ def with_values(**sections: object) -> dict:
         (with_values(rollout={"sources": {"taecher": 1}}), ["rollout.sources.taecher: input should be 'student', 'teacher' or 'golden', got 'taecher'"]),
         (with_values(rollout={"teacher_mixing": 1}), ["rollout.teacher_mixing: input should be less than 1, got 1"]),
         (with_values(rollout={"teacher_mixing": 0.2, "sources": {"golden": 1}}), ["rollout.teacher_mixing 0.2 mixes the teacher into the student's rollouts, but rollout.sources is {golden: 1}; give"]),
+        (with_values(rollout={"importance": "none"}), ["rollout.importance: none does nothing: it weighs the sampled rewards of the teacher's rollouts"]),
+        (with_values(rollout={"importance_cap": 2, "sources": {"teacher": 1}}, objective={"name": "reverse_kl"}), ["rollout.importance_cap: 2.0 does nothing"]),
+        (with_values(rollout={"sources": {"golden": 1}}, sampling={"samples_per_prompt": 2}, objective={"name": "power", "baseline": "leave_one_out"}), ["objective.baseline leave_one_out compares the rollouts of one prompt, and rollout.sources {golden: 1}"]),
+        (with_values(guard=None), ["guard: a section of settings is needed, got None; leave it out for its defaults"]),
         (with_values(rollout={"importance_cap": 0}), ["rollout.importance_cap: input should be greater than 0, got 0"]),
         ({"data": BARE["data"]}, ["student: missing, and it has no default", "teacher: missing"]),
         (
@@ -72,6 +76,7 @@ def test_a_resolved_recipe_reads_back_as_itself() -> None:
 
 def test_overrides() -> None:
     recipe = load_recipe(RECIPE, ["train.steps=20", "objective.alpha=1", "optimizer.lr=1e-4", "sampling.stop=[a, b]"])
+    assert load_recipe(RECIPE, ["objective.alpha=1e-3"]).objective.build().shown == {"alpha": 0.001}  # text in YAML 1.1
     assert recipe.train.steps == 20
     assert recipe.objective.build().shown == {"alpha": 1.0}
     assert recipe.optimizer.lr == 1e-4

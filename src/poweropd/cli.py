@@ -109,6 +109,12 @@ def _dry_run(recipe: Any) -> None:
     from poweropd.models import is_local
 
     console.print(recipe.to_yaml(), markup=False, end="")
+    objective = recipe.objective.build()
+    rest = {key: value for key, value in objective.settings.items() if key not in objective.given}
+    console.print(
+        f"# objective {objective.name}, what is not set: {', '.join(f'{k}: {v}' for k, v in rest.items())}",
+        markup=False,
+    )
     models = [recipe.student.model, *(teacher.model for teacher in recipe.named_teachers.values())]
     remote = [name for name in models if not is_local(name)]
     remote += [data.path for data in recipe.data_sections.values() if data.source == "hub"]

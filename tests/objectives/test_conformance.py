@@ -26,7 +26,7 @@ from poweropd.objectives.conformance import PROPERTIES, check, inputs_of, of_log
 from poweropd.objectives.fused import token_scores
 from poweropd.objectives.lm_head import Distribution, LMHead
 from poweropd.objectives.loss import loss_of, unshaped_terms
-from poweropd.objectives.shaping import StepTokens
+from poweropd.objectives.shaping import StepTokens, zscore
 
 RATIO = [name for name, row in OBJECTIVES.items() if "gauge" in settings_of(row)]
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -146,11 +146,18 @@ def test_a_file_of_the_users_own_is_imported_from_where_they_are(own_folder: Pat
     (own_folder / "mine.py").write_text(
         "from poweropd.objectives import from_derivative\nroot = from_derivative(lambda x: x.sqrt())\nnumber = 3\n"
     )
+    (own_folder / "broken.py").write_text("raise RuntimeError('boom')")
+    (own_folder / "typo.py").write_text("root = (")
+    (own_folder / "late.py").write_text("import torch\nfrom mine import root\ntorch.nosuchfunction")
     q, p = torch.tensor([0.2, 0.8]).log(), torch.tensor([0.5, 0.5]).log()
     torch.testing.assert_close(build("mine:root").sampled(q, p), build("power", alpha=0.5).sampled(q, p))
     for name, message in {
         "mine:absent": "module 'mine' has no 'absent'",
         "absent:root": "cannot import 'absent'",
+        "mine:roott": "did you mean 'root'",
+        "broken:root": "cannot import 'broken'",
+        "typo:root": "SyntaxError: ",
+        "late:root": "AttributeError: module 'torch' has no attribute 'nosuchfunction'",
         "mine:number": "mine:number is a int; give a poweropd.objectives.Row or a Divergence",
     }.items():
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -284,6 +291,15 @@ def test_tokens_that_neither_model_can_emit_change_nothing(name: str) -> None:
         ("power", {"reference_kl_form": "k2_loss"}, "does nothing while objective.reference_kl is 0"),
         ("power", {"reference_kl": 0.1, "reference_kl_schedule": "adaptive"}, "needs objective.reference_kl_target"),
         ("power", {"golden_schedule": "linear"}, "does nothing while objective.golden is 0"),
+        ("zscore", {"normalize": "none"}, "normalize zscore is what makes it what it is; log_ratio"),
+        ("vopd", {"baseline": "none"}, "baseline exact is what makes it what it is"),
+        ("local_support", {"tail": "bucket"}, "tail renormalize is what makes it what it is"),
+        ("local_support", {"k": 1}, "one token has probability 1 under both models; set it to 2 or more"),
+        ("vanilla", {}, "it is log_ratio here"),
+        ("OPD+", {}, "it is any f-divergence with estimator sampled"),
+        (None, {}, "None is a NoneType; give the name of a row, or module:attribute"),
+        (":x", {}, "':x' names no attribute of a module; give module:attribute"),
+        ("./mine.py:x", {}, "names no attribute of a module"),
     ],
 )
 def test_bad_settings_are_refused(name: str, settings: dict[str, Any], message: str) -> None:
@@ -308,6 +324,16 @@ def test_a_missing_form_is_refused_with_alternatives() -> None:
         build("power", baseline="leave_one_out").sampled(two, two)
     with pytest.raises(ValueError, match=r"along the vocabulary, and the rest along tokens"):
         build("vopd", discount=1).sampled(two, two)
+    with pytest.raises(ValueError, match=r"shape \[2, 2\], the teacher's \[2\]; give both one shape"):
+        build("power").sampled(two, two[0])
+
+
+def test_whole_step_shaping_of_one_rollout_is_part_of_the_advantage() -> None:
+    student, teacher = torch.randn(2, 4).log_softmax(-1)
+    rewards = build("reopold").sampled(student, teacher)
+    torch.testing.assert_close(build("reopold", normalize="zscore").sampled(student, teacher), zscore(rewards))
+    assert build("zscore").sampled(student[0], teacher[0]).item() == 0  # a token alone
+    assert not len(build("zscore").sampled(student[:0], teacher[:0]))
 
 
 def test_a_limit_changes_nothing_within_it() -> None:

@@ -636,7 +636,10 @@ def test_over_random_models_minus_one_nearly_always_raises_the_variance():
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("log_ratio", {}), ("power", {"alpha": 1}), ("clip", {}), ("tanh", {}), ("forward_kl", {}), ("box_cox", {})],
+    [
+        *(("log_ratio", {}), ("power", {"alpha": 1}), ("clip", {}), ("tanh", {}), ("forward_kl", {}), ("box_cox", {})),
+        ("aopd", {"k": 3}),  # the gate is part of the reward that is centred
+    ],
 )
 def test_the_exact_baseline_keeps_the_mean(name, settings):
     plain, centred = make(name, **settings), make(name, **settings, baseline="exact")
@@ -937,6 +940,71 @@ def test_tokens_without_a_sampling_probability_count_as_the_students():
 def test_sft_follows_the_likelihood_of_its_tokens():
     rows = log(Q).expand(5, -1)
     close(-fused_gradients(build("sft"), rows, rows, torch.arange(5)).numpy(), np.eye(5) - Q, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *(("generalized_jsd", {"weight": w}) for w in (1e-6, 1e-3, 0.999)),
+        *(("cressie_read", {"alpha": a}) for a in (1e-6, -1e-3, 0.999, 1.001, 2.0)),
+        *((name, {"alpha": a}) for name in ("power", "box_cox") for a in (1e-8, 1e-3)),
+    ],
+)
+def test_near_the_ends_of_a_setting_fp32_keeps_its_digits(name, settings):
+    objective, pairs = build(name, **settings), [(log(q), log(p)) for q, p in random_pairs(20, 6)]
+    for q, p in pairs:
+        student, exact_student = q.float().requires_grad_(), q.clone().requires_grad_()
+        value, exact = objective.full(student, p.float()), objective.full(exact_student, p)
+        assert value.item() == pytest.approx(
+            exact.item(), rel=2e-3, abs=1e-6 * exact_student.exp().max().item() * exact.item()
+        )
+        value.backward()
+        exact.backward()
+        close(student.grad.double(), exact_student.grad, atol=1e-3 * exact_student.grad.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["jensen_shannon", "reverse_kl", "power", "eopd"])
+def test_half_precision_is_computed_in_fp32(name, dtype):
+    q, p = log(Q).to(dtype), log(P).to(dtype)
+    objective = build(name)
+    assert objective.full(q, p).dtype == torch.float32
+    assert torch.equal(objective.full(q, p), objective.full(q.float(), p.float()))
+    assert torch.equal(objective.sampled(q, p), objective.sampled(q.float(), p.float()))
+
+
+@pytest.mark.parametrize(("name", "settings", "f", "w"), RATIO_FORMS)
+def test_what_neither_model_can_emit_changes_nothing(name, settings, f, w):
+    objective = build(name, **settings)
+    q, p = (torch.cat([log(x), torch.tensor([-torch.inf])]) for x in (Q, P))
+    student = q.clone().requires_grad_()
+    value = objective.full(student, p)
+    assert value.item() == pytest.approx(objective.full(log(Q), log(P)).item(), rel=1e-12)
+    value.backward()
+    assert student.grad.isfinite().all()
+    assert objective.sampled(q, p).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("forward_kl", 0.6 * np.log(3) + 0.4 * np.log(4 / 3)),
+        (
+            "jensen_shannon",
+            (0.6 * np.log(1.5) + 0.4 * np.log(8 / 7) + 0.2 * np.log(0.5) + 0.3 * np.log(6 / 7) + 0.5 * np.log(2)) / 2,
+        ),
+        ("squared_hellinger", 2 - 2 * (np.sqrt(0.12) + np.sqrt(0.12))),
+        ("total_variation", 0.5),
+        ("power", (0.2**6 + 0.3**6 + 0.5**6) / 6 - 0.2 * 0.6**5 - 0.3 * 0.4**5 + 5 / 6 * (0.6**6 + 0.4**6)),
+    ],
+)
+def test_a_token_that_the_teacher_never_emits_has_its_finite_value(name, value):
+    student = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64).log().requires_grad_()
+    teacher = torch.tensor([0.6, 0.4, 0.0], dtype=torch.float64).log()
+    got = build(name).full(student, teacher)
+    assert got.item() == pytest.approx(value, rel=1e-5)
+    got.backward()
+    assert student.grad.isfinite().all()
 
 
 def test_no_setting_is_taken_silently():

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from poweropd.objectives.divergences import REACH, Divergence, attach_gradient, exp_difference, quadrature
+from poweropd.objectives.divergences import REACH, Divergence, attach_gradient, quadrature, scaled_expm1
 
 
 def power(*, alpha: float) -> Divergence:
@@ -32,11 +32,11 @@ def _power(alpha: float, scale: float) -> Divergence:
     """At small alpha both powers are near 1, at close models near each other: their difference is taken with its digits."""
 
     def advantage(logq: Tensor, logp: Tensor) -> Tensor:
-        return scale * exp_difference(alpha * logp, alpha * logq)
+        return scale * scaled_expm1(alpha * logq, alpha * (logp - logq))
 
     def term(logq: Tensor, logp: Tensor) -> Tensor:
         with torch.no_grad():
-            towards = scale * alpha * (alpha * logp).exp() * exp_difference(logp, logq)
+            towards = scale * alpha * (alpha * logp).exp() * scaled_expm1(logq, logp - logq)
             slope = advantage(logq, logp)
             value = (towards - logq.exp() * slope) / (1 + alpha)
         return attach_gradient(value, logq, slope)

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from poweropd.objectives.divergences import REACH, Divergence, attach_gradient, exp_difference, quadrature
+from poweropd.objectives.divergences import REACH, Divergence, attach_gradient, quadrature, scaled_expm1
 
 
 def reverse_kl() -> Divergence:
@@ -41,19 +41,27 @@ def generalized_jsd(*, weight: float) -> Divergence:
     tends to zero; TRL calls the two KL divergences weight 0 and 1 instead: use `forward_kl` and `reverse_kl` here.
     """
 
-    def log_mixture(r: Tensor) -> Tensor:
-        """log(m / q), with its digits at weights near 0 and 1."""
-        below, above = r.clamp(max=0), r.clamp(min=0)
-        return torch.log1p(weight * torch.expm1(below)) + above + torch.log1p((1 - weight) * torch.expm1(-above))
+    def mixed(log_ratio: Tensor, share: float) -> Tensor:
+        """log(1 - share + share exp(log_ratio)), with its digits where the share is small."""
+        below = log_ratio.clamp(max=REACH)
+        return torch.log1p(share * torch.expm1(below)) + (log_ratio - below)
+
+    def log_mixture(logq: Tensor, logp: Tensor) -> tuple[Tensor, Tensor]:
+        """log(m / q) and log(m / p), from the model that has the larger weight."""
+        r = logp - logq
+        if weight <= 0.5:
+            over_student = mixed(r, weight)
+            return over_student, over_student - r
+        over_teacher = mixed(-r, 1 - weight)
+        return over_teacher + r, over_teacher
 
     def advantage(logq: Tensor, logp: Tensor) -> Tensor:
-        return (1 - weight) * log_mixture(logp - logq)
+        return (1 - weight) * log_mixture(logq, logp)[0]
 
     def term(logq: Tensor, logp: Tensor) -> Tensor:
         with torch.no_grad():
-            r = logp - logq
-            over_student = log_mixture(r)
-            value = weight * logp.exp() * (r - over_student) - (1 - weight) * logq.exp() * over_student
+            over_student, over_teacher = log_mixture(logq, logp)
+            value = -weight * logp.exp() * over_teacher - (1 - weight) * logq.exp() * over_student
         return attach_gradient(value, logq, (1 - weight) * over_student)
 
     return Divergence(term, advantage, of_ratio=True)
@@ -121,11 +129,11 @@ def cressie_read(*, alpha: float) -> Divergence:
 
     def term(logq: Tensor, logp: Tensor) -> Tensor:
         with torch.no_grad():
-            powers, both = alpha * logp + (1 - alpha) * logq, exp_difference(logp, logq)
+            r, difference = logp - logq, scaled_expm1(logq, logp - logq)
             if abs(alpha) < 0.5:  # one f, written so that neither limit divides rounding by nearly nothing
-                value = (exp_difference(powers, logq) / alpha - both) / (alpha - 1)
+                value = (scaled_expm1(logq, alpha * r) / alpha - difference) / (alpha - 1)
             else:
-                value = (exp_difference(powers, logp) / (alpha - 1) - both) / alpha
+                value = (scaled_expm1(logp, (alpha - 1) * r) / (alpha - 1) - difference) / alpha
         return attach_gradient(value, logq, advantage(logq, logp))
 
     return Divergence(term, advantage, of_ratio=True)

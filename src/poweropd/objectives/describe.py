@@ -13,7 +13,9 @@ and p the teacher's probability, u = p/q, under the full softmax at temperature 
 r the detached advantage of a sampled token; `-grad D = E_q[A grad log q]` in every row that has both. The distribution
 over prefixes is held fixed, so each gradient is that of the quantity named, at the prefixes that are visited.
 
-A row lists its estimators, the default first, and its own settings. The others are common:
+A row lists its estimators, the default first, and its own settings. The others are common. Every objective also takes
+`objective.end_token` (map by default, of map | mask | keep: what to do where the models end answers differently) and
+`objective.masked_tokens` (none by default: tokens never trained on, such as `["<think>"]`).
 """
 
 

@@ -66,10 +66,9 @@ def attach_gradient(term: Tensor, student_logprobs: Tensor, advantage: Tensor) -
     return term.detach() + slope * (student_logprobs - student_logprobs.detach())
 
 
-def exp_difference(a: Tensor, b: Tensor) -> Tensor:
-    """`exp(a) - exp(b)`, with its digits where the two are close and finite where they are; not for autograd."""
-    distance = a - b
-    return distance.sign() * torch.maximum(a, b).exp() * -torch.expm1(-distance.abs())
+def scaled_expm1(log_scale: Tensor, x: Tensor) -> Tensor:
+    """`exp(log_scale) (exp(x) - 1)`: with its digits where x is small, finite where it is; not for autograd."""
+    return x.sign() * (log_scale + x.clamp(min=0)).exp() * -torch.expm1(-x.abs())
 
 
 @lru_cache(maxsize=4)
