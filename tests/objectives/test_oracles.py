@@ -955,9 +955,7 @@ def test_near_the_ends_of_a_setting_fp32_keeps_its_digits(name, settings):
     for q, p in pairs:
         student, exact_student = q.float().requires_grad_(), q.clone().requires_grad_()
         value, exact = objective.full(student, p.float()), objective.full(exact_student, p)
-        assert value.item() == pytest.approx(
-            exact.item(), rel=2e-3, abs=1e-6 * exact_student.exp().max().item() * exact.item()
-        )
+        assert value.item() == pytest.approx(exact.item(), rel=1e-3)
         value.backward()
         exact.backward()
         close(student.grad.double(), exact_student.grad, atol=1e-3 * exact_student.grad.abs().max().item())
