@@ -166,6 +166,11 @@ def test_every_setting_says_what_it_means() -> None:
         (["rollout.sources={golden: 1}", "objective.name=reverse_kl"], ["the prefixes of golden"]),
         (["rollout.teacher_mixing=0.2"], ["the prefixes of student with 0.2 of the teacher"]),
         (["rollout.sources={teacher: 1}", "rollout.importance=none"], ["the prefixes of teacher", "not weighted"]),
+        (["rollout.sources={golden: 1}", "objective={name: reverse_kl, estimator: top_k}"], ["the prefixes of golden"]),
+        (
+            ["rollout.sources={golden: 1}", "objective={name: reverse_kl, estimator: top_k, tail: sample}"],
+            ["the prefixes of golden", "nobody sampled"],  # the tail's reward is that of a sampled token
+        ),
     ],
 )
 def test_what_is_not_corrected_is_said(settings: list[str], said: list[str]) -> None:

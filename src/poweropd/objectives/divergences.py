@@ -58,12 +58,13 @@ class Divergence:
 
 
 def attach_gradient(term: Tensor, student_logprobs: Tensor, advantage: Tensor) -> Tensor:
-    """`term` with the gradient that belongs to `advantage`, -q A d log q, whatever made the term."""
+    """`term` with the gradient that belongs to `advantage`, -q A d log q, whatever made the term.
+
+    A token of probability 0 is never sampled and pulls nothing, though its advantage be infinite.
+    """
     q = student_logprobs.detach().exp()
-    slope = -torch.where(
-        q > 0, q * advantage.detach(), 0.0
-    )  # what is never sampled pulls nothing, however much it would
-    return term.detach() + slope * (student_logprobs - student_logprobs.detach())
+    pull = torch.where(q > 0, q * advantage.detach(), 0.0)
+    return term.detach() - pull * (student_logprobs - student_logprobs.detach())
 
 
 def scaled_expm1(log_scale: Tensor, x: Tensor) -> Tensor:

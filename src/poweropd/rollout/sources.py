@@ -20,9 +20,9 @@ def off_policy_notes(config: RolloutConfig, objective: Objective) -> list[str]:
     if not others or objective.row.on_golden_answers:
         return []
     notes = [f"off-policy: the prefixes of {' and '.join(others)} are taken as they are"]
-    if objective.estimator == "sampled" and "golden" in config.sources:
+    if objective.has_score and "golden" in config.sources:
         notes.append("off-policy: nobody sampled the golden answers, so their rewards are not weighted")
-    if objective.estimator == "sampled" and config.importance == "none" and others != ["golden"]:
+    if objective.has_score and config.importance == "none" and others != ["golden"]:
         notes.append("off-policy: rewards are not weighted (rollout.importance=none)")
     return notes
 
