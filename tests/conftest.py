@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
-from poweropd.config import OptimizerConfig
 from poweropd.models import load_tokenizer
 from poweropd.policy import Student
+from poweropd.sections import OptimizerConfig
 from poweropd.types import Prompt, Rollout
 
 ROOT = Path(__file__).parents[1]

@@ -11,11 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from conftest import RECIPE, make_model, make_rollouts
 from poweropd import checkpoint, guards
-from poweropd.config import GuardConfig, load_recipe
+from poweropd.config import load_recipe
 from poweropd.errors import CollapseError, ConfigError, NonFiniteError
 from poweropd.objectives import build
 from poweropd.policy import Student
 from poweropd.runlog import status_of
+from poweropd.sections import GuardConfig
 from poweropd.teacher.hf import HFTeacher
 from poweropd.train import recipe_to_resume, train
 from poweropd.types import ScoredRollout

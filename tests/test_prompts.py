@@ -9,9 +9,10 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from conftest import END, RECIPE
-from poweropd.config import DataConfig, load_recipe
+from poweropd.config import load_recipe
 from poweropd.errors import ConfigError
 from poweropd.prompts import PromptStream, load_prompts
+from poweropd.sections import DataConfig
 from poweropd.types import Prompt
 
 ROWS = [{"problem": f"What is {n} + 1?", "answer": str(n + 1), "solution": f"{n} + 1 = {n + 1}"} for n in range(5)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from poweropd.config import DataConfig, Recipe
+from poweropd.config import Recipe
 from poweropd.errors import ConfigError
 from poweropd.objectives import Objective
 from poweropd.pair import ModelPair, load_configured, load_pair
@@ -17,6 +17,7 @@ from poweropd.rollout.engine import RolloutEngine, Sampling
 from poweropd.rollout.golden import GoldenEngine
 from poweropd.rollout.hf import HFEngine
 from poweropd.rollout.sources import RoutedEngine, SourceEngine
+from poweropd.sections import DataConfig
 from poweropd.teacher.ensemble import MixtureTeacher, RoutedTeacher
 from poweropd.teacher.hf import HFTeacher
 from poweropd.teacher.scorer import TeacherScorer, check_serves

@@ -154,9 +154,9 @@ def evaluate(
     Example: `poweropd evaluate quickstart:teacher --data problems.jsonl --out eval`
     """
     with _plain_errors(debug):
-        from poweropd.config import DataConfig, SamplingConfig
         from poweropd.console import ConsoleObserver
         from poweropd.evaluation.standalone import evaluate_model
+        from poweropd.sections import DataConfig, SamplingConfig
 
         config = DataConfig(
             source="parquet" if data.suffix == ".parquet" else "jsonl", path=str(data), prompt=prompt, answer=answer, template=template, limit=limit,

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from poweropd.config import GuardConfig
 from poweropd.errors import NonFiniteError
+from poweropd.sections import GuardConfig
 from poweropd.types import Rollout
 from poweropd.update import GradientResult
 

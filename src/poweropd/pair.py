@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from poweropd.config import Recipe, StudentConfig, TeacherConfig, label
+from poweropd.config import Recipe, label
 from poweropd.errors import ModelError
 from poweropd.models import default_device, load_model, load_tokenizer, resolve_precision
+from poweropd.sections import StudentConfig, TeacherConfig
 from poweropd.vocabulary import EndTokens, end_token_ids, shared_vocab_size
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from poweropd.config import OptimizerConfig
 from poweropd.models import compute_precision, hidden_states, lm_head, no_progress_bars
 from poweropd.objectives.lm_head import LMHead
+from poweropd.sections import OptimizerConfig
 from poweropd.types import TokenBatch, UpdateResult
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from poweropd.config import DataConfig
 from poweropd.errors import ConfigError
+from poweropd.sections import DataConfig
 from poweropd.types import Prompt
 
 

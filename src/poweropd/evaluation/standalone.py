@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from poweropd.config import DataConfig, SamplingConfig
 from poweropd.errors import RunError
 from poweropd.evaluation.grading import Grader, GradingMode
 from poweropd.evaluation.runner import evaluate
@@ -12,6 +11,7 @@ from poweropd.models import default_device, load_model, load_tokenizer, resolve_
 from poweropd.prompts import load_prompts
 from poweropd.rollout.engine import Sampling
 from poweropd.rollout.hf import HFEngine
+from poweropd.sections import DataConfig, SamplingConfig
 from poweropd.vocabulary import end_token_ids, real_vocab_size
 
 

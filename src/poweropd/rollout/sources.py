@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-from poweropd.config import RolloutConfig
 from poweropd.objectives import Objective
 from poweropd.rollout.engine import RolloutEngine, Sampling
 from poweropd.rollout.sampling import uniforms
+from poweropd.sections import RolloutConfig
 from poweropd.types import Prompt, Rollout, Source
 
 ORDER: tuple[Source, ...] = get_args(Source)

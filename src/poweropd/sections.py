@@ -1,0 +1,239 @@
+"""The sections of a recipe: every setting, its default, its range and its meaning, in one place."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from poweropd import objectives
+from poweropd.recipes import check_sum, flow
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """A group of settings. Unknown keys are refused, so that a misspelt one never passes in silence."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class StudentConfig(Section):
+    model: str
+    """Hub id, local folder, or `quickstart:student`."""
+    revision: str | None = None
+    """Hub revision."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of matmuls; weights and optimizer stay fp32. `auto`: bfloat16 on a GPU, float32 on a CPU."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+class TeacherConfig(Section):
+    model: str
+    """Hub id, local folder, or `quickstart:teacher`."""
+    revision: str | None = None
+    """Hub revision."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of its weights. `auto`: bfloat16 on a GPU, float32 on a CPU."""
+    tokens_per_batch: Positive = 16384
+    """Tokens scored in one forward pass."""
+    weight: Share | None = None
+    """Its share of the mixture of all `teachers`; they sum to 1."""
+
+
+class DataConfig(Section):
+    source: Literal["hub", "jsonl", "parquet", "reasoning_gym"]
+    """Where rows come from."""
+    path: str | None = None
+    """Hub id or file; not for `reasoning_gym`."""
+    subset: str | None = None
+    """Configuration name of a Hub data set."""
+    split: str = "train"
+    """Split of a Hub data set; for `reasoning_gym`, `train` or `held_out`."""
+    prompt: str = "problem"
+    """Column with the question."""
+    answer: str | None = "answer"
+    """Column with the reference answer, for grading; null where there is none."""
+    golden: str | None = None
+    """Column with a whole worked answer, for objectives on golden answers."""
+    families: dict[str, dict[str, Any]] = {}
+    """`reasoning_gym` generators and their settings."""
+    limit: Positive | None = None
+    """Use this many rows at most; required for `reasoning_gym`."""
+    template: str = "{prompt}"
+    """The user message; `{prompt}` becomes the question."""
+    system: str | None = None
+    """System message."""
+    chat: bool = True
+    """Apply the chat template; false gives the bare text."""
+    enable_thinking: bool | None = None
+    """Thinking mode, for chat templates that have one; null leaves the template's default."""
+    max_prompt_tokens: Positive | None = None
+    """Longest prompt; by default what the context leaves beside `max_new_tokens`."""
+    overlong: Literal["error", "drop"] = "error"
+    """What to do with longer prompts."""
+
+    @model_validator(mode="after")
+    def _source_is_complete(self) -> Self:
+        if self.source == "reasoning_gym":
+            if not self.families or self.limit is None:
+                raise ValueError("source reasoning_gym needs families (generator name: settings) and limit")
+            if self.split not in ("train", "held_out"):
+                raise ValueError(f"split of reasoning_gym is train or held_out, not {self.split!r}")
+        elif self.path is None:
+            raise ValueError(f"source {self.source} needs path: a {'Hub id' if self.source == 'hub' else 'file'}")
+        if "{prompt}" not in self.template:
+            raise ValueError(f"template needs {{prompt}} in it, got {self.template!r}")
+        return self
+
+
+class TrainingDataConfig(DataConfig):
+    teacher: str | None = None
+    """Which of `teachers` judges the answers to these prompts."""
+
+
+class SamplingConfig(Section):
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """0 is greedy."""
+    top_p: Share = 1.0
+    """Keep the most likely tokens that hold this much probability."""
+    top_k: NonNegative = 0
+    """Keep this many tokens; 0 keeps all."""
+    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Drop tokens less likely than this share of the likeliest."""
+    max_new_tokens: Positive = 1024
+    """Longest response; one that reaches it is truncated."""
+    samples_per_prompt: Positive = 1
+    """Responses to each prompt."""
+    stop: list[str] = []
+    """Further tokens that end a response, beside the end tokens of student and teacher."""
+
+
+class RolloutConfig(Section):
+    engine: Literal["hf"] = "hf"
+    """What runs the models that sample: `hf`, transformers in this process."""
+    sequences_per_batch: Positive = 64
+    """Sequences decoded together."""
+    sources: dict[Literal["student", "teacher", "golden"], Share] = {"student": 1.0}
+    """Probability that a prompt of a step is answered by each; they sum to 1. `golden`: by the data's worked answer, one
+    whatever `samples_per_prompt` is. GKD's lambda (arXiv 2306.13649) is `{student: lambda, golden: 1 - lambda}`."""
+    teacher_mixing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """m: the student's rollouts are drawn token by token from `(1 - m) q + m p`. MiniLLM (arXiv 2306.08543): 0.2."""
+    importance: Literal["token", "none"] = "token"
+    """Rollouts of the teacher and of the mixture are off-policy. `token`: each sampled reward is weighted by
+    `min(q / sampling probability, importance_cap)`, detached. `none`: nothing corrects them. Rollouts of the student
+    have weight 1; so have golden answers, which no one sampled: their prefixes remain the data's."""
+    importance_cap: Annotated[float, Field(gt=0)] = 5.0
+    """Largest weight of a sampled reward."""
+
+    @field_validator("sources")
+    @classmethod
+    def _sources_sum_to_one(cls, sources: dict[str, float]) -> dict[str, float]:
+        advice = "give every prompt a source, for example {student: 0.5, golden: 0.5}"
+        check_sum("the probabilities", sources, advice)
+        return sources
+
+    @model_validator(mode="after")
+    def _mixing_has_a_student(self) -> Self:
+        if self.teacher_mixing > 0 and "student" not in self.sources:
+            raise ValueError(
+                f"rollout.teacher_mixing {self.teacher_mixing:g} mixes the teacher into the student's rollouts, but "
+                f"rollout.sources is {flow(self.sources)}; give student a share there, or set teacher_mixing to 0"
+            )
+        return self
+
+
+class ObjectiveConfig(BaseModel):
+    """`name`, `end_token`, and the settings of that row of the objective table."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    name: str = "power"
+    """A row of `poweropd objectives`."""
+    end_token: Literal["map", "mask", "keep"] = "map"
+    """Where student and teacher end answers differently: `map` counts all end tokens as one outcome, `mask` trains on
+    none, `keep` scores them as they stand."""
+    masked_tokens: list[str] = []
+    """Tokens that are never trained on, wherever they stand, such as `<think>`; each a single token."""
+
+    @model_validator(mode="after")
+    def _settings_exist(self) -> Self:
+        self.build()
+        return self
+
+    def build(self) -> objectives.Objective:
+        return objectives.build(self.name, **(self.model_extra or {}))
+
+
+class OptimizerConfig(Section):
+    lr: Annotated[float, Field(gt=0)] = 1e-6
+    """Peak learning rate of AdamW."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Clip the global gradient norm to this."""
+    warmup_steps: NonNegative = 0
+    """Linear warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: stay, or fall to zero at the last step."""
+
+
+class TrainConfig(Section):
+    steps: Positive = 500
+    """Optimizer steps."""
+    prompts_per_step: Positive = 32
+    """Prompts of one optimizer step."""
+    tokens_per_micro_batch: Positive = 16384
+    """Padded tokens in one forward and backward pass; the gradient does not depend on it."""
+    seed: NonNegative = 0
+    """Decides data order and every sample."""
+    threads: Positive | None = None
+    """CPU threads; null leaves the choice to torch. Tiny models are faster with one."""
+
+
+class EvaluationConfig(Section):
+    data: DataConfig | None = None
+    """Problems with reference answers; null: no evaluation."""
+    every: NonNegative = 0
+    """Evaluate every so many steps; 0: only before and after training."""
+    samples: Positive = 8
+    """Samples per problem, the k of Avg@k and Pass@k."""
+    temperature: Annotated[float, Field(ge=0)] = 0.6
+    """Sampling temperature of the evaluation."""
+    max_new_tokens: Positive | None = None
+    """By default that of `sampling`."""
+    grading: Literal["math", "exact"] = "math"
+    """Compare answers as values (math-verify), or as text alone."""
+    teacher: bool = True
+    """Evaluate the teacher too, once, before training."""
+
+
+class CheckpointConfig(Section):
+    every: Positive = 50
+    """Steps between checkpoints; the last step always has one."""
+    keep: Positive = 2
+    """How many of the newest to keep."""
+
+
+class GuardConfig(Section):
+    """What to do when answers grow to the budget or go round in circles: the collapse of StableOPD, arXiv 2604.08527."""
+
+    truncation: Share | None = 0.9
+    """Largest share of rollouts that reach `max_new_tokens`; null: any."""
+    repetition: Share | None = 0.3
+    """Largest share of rollouts that end in repetition; null: any."""
+    patience: Positive = 5
+    """Consecutive steps above a limit that count as a collapse. A limit holds once the student has kept it for as many
+    steps, or from the start if the untrained student is a quarter below it."""
+    action: Literal["warn", "stop", "raise_reference_kl"] = "warn"
+    """`warn`: say so. `stop`: save a checkpoint and stop. `raise_reference_kl`: double the weight of the KL to the
+    reference, again after every `patience` steps for as long as it lasts."""
+
+
+class LogConfig(Section):
+    rollouts_every: Positive = 10
+    """Steps between entries of rollouts.jsonl and positions.jsonl."""
+    rollouts: NonNegative = 4
+    """Rollouts written each time."""
