@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=METHODS, default=list(METHODS))
     args = parser.parse_args()
     shared = [f"train.steps={args.steps}", f"train.seed={args.seed}", "evaluation.every=0"]
+    shared += [f"evaluation.seed={args.seed}", f"evaluation.cache={args.out / 'evaluations'}"]
     arms = [Arm(name, load_recipe(RECIPE, [*METHODS[name], *shared]), args.out / name) for name in args.only]
     with ConsoleObserver(Console()) as observer:
         train_all(arms, observer)

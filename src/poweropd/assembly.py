@@ -1,6 +1,5 @@
 """The parts of a run, built and checked from its recipe: everything wrong with them is said before the first step."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,11 +8,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from poweropd.config import Recipe
 from poweropd.errors import ConfigError
+from poweropd.evaluation.benchmarks import benchmark
+from poweropd.evaluation.runner import Asking, Problems
 from poweropd.objectives import Objective
 from poweropd.pair import ModelPair, load_configured, load_pair
 from poweropd.policy import Student
-from poweropd.prompts import PromptStream, load_prompts
-from poweropd.rollout.engine import RolloutEngine, Sampling
+from poweropd.prompts import PromptStream, fingerprint, load_prompts
+from poweropd.rollout.engine import RolloutEngine, Sampler, Sampling
 from poweropd.rollout.golden import GoldenEngine
 from poweropd.rollout.hf import HFEngine
 from poweropd.rollout.sources import RoutedEngine, SourceEngine
@@ -26,15 +27,6 @@ from poweropd.update import MicroBatches
 
 
 @dataclass(frozen=True)
-class Problems:
-    """What an evaluation asks and how it samples."""
-
-    name: str
-    prompts: list[Prompt]
-    sampling: Sampling
-
-
-@dataclass(frozen=True)
 class Parts:
     """Everything the training loop works with."""
 
@@ -43,14 +35,15 @@ class Parts:
     teacher: TeacherScorer  # judges, whichever models that takes
     teachers: Mapping[str, TeacherScorer]  # each alone, by name
     engine: RolloutEngine  # gives the trajectories that are trained on
-    student_engine: RolloutEngine  # samples from the student, for evaluation
-    teacher_engines: Mapping[str, RolloutEngine]  # samples from each judge, for evaluation
+    student_engine: Sampler  # samples from the student, for evaluation
+    teacher_engines: Mapping[str, Sampler]  # samples from each judge, for evaluation
     objective: Objective
     reference: TeacherScorer | None  # the frozen initial student, where the objective is held to it
     how: MicroBatches
     stream: PromptStream
     sampling: Sampling
-    problems: Problems | None
+    problems: list[Problems]  # what the student is evaluated on
+    asking: Asking
     data_fingerprint: str
 
 
@@ -112,6 +105,7 @@ def assemble(recipe: Recipe) -> Parts:
         stream=PromptStream(prompts, seed=recipe.train.seed),
         sampling=sampling,
         problems=problems,
+        asking=_asking(recipe, sampling),
         data_fingerprint=fingerprint(prompts),
     )
 
@@ -141,7 +135,7 @@ def _student_engine(recipe: Recipe, pair: ModelPair) -> HFEngine:
     return _sampler([(pair.student, 1.0)], recipe, pair, "student")
 
 
-def _engines(recipe: Recipe, pair: ModelPair, share: float, source: Source) -> dict[str, RolloutEngine]:
+def _engines(recipe: Recipe, pair: ModelPair, share: float, source: Source) -> dict[str, HFEngine]:
     """For each judge, an engine that samples from its mixture with the student, in which the judge has `share`."""
     student = [(pair.student, 1 - share)] if share < 1 else []
     return {
@@ -171,22 +165,37 @@ def _for_each_prompt(engines: Mapping[str, RolloutEngine]) -> RolloutEngine:
     return RoutedEngine(engines) if len(engines) > 1 else next(iter(engines.values()))
 
 
-def load_data(recipe: Recipe, pair: ModelPair, sampling: Sampling) -> tuple[list[Prompt], Problems | None]:
-    """Training prompts, and the problems of the evaluation if there is one.
+def _asking(recipe: Recipe, sampling: Sampling) -> Asking:
+    asked = recipe.evaluation
+    return Asking(
+        Sampling(
+            stop_ids=sampling.stop_ids,
+            max_new_tokens=asked.max_new_tokens or sampling.max_new_tokens,
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            samples_per_prompt=asked.samples,
+        ),
+        seed=asked.seed,
+        problems_per_call=max(1, recipe.rollout.sequences_per_batch // asked.samples),
+    )
+
+
+def load_data(recipe: Recipe, pair: ModelPair, sampling: Sampling) -> tuple[list[Prompt], list[Problems]]:
+    """Training prompts, and the problems of the evaluation.
 
     Raises:
         ConfigError: all problems of all data sets together.
     """
     complaints: list[str] = []
 
-    def load(config: DataConfig, key: str, max_new_tokens: int) -> list[Prompt]:
+    def load(config: DataConfig, key: str, max_new_tokens: int, seed: int) -> list[Prompt]:
         try:
             return load_prompts(
                 config,
                 pair.templating,
                 end_id=pair.end_tokens.student[0],
                 max_prompt_tokens=pair.context - max_new_tokens,
-                seed=recipe.train.seed,
+                seed=seed,
                 key=key,
             )
         except ConfigError as error:
@@ -199,7 +208,7 @@ def load_data(recipe: Recipe, pair: ModelPair, sampling: Sampling) -> tuple[list
     }
     prompts: list[Prompt] = []
     for place, (key, section) in enumerate(recipe.data_sections.items()):
-        found = load(section, key, sampling.max_new_tokens)
+        found = load(section, key, sampling.max_new_tokens, recipe.train.seed)
         if any(prompt.golden_ids is None for prompt in found):
             complaints += [
                 f"{setting}, but the prompts have no worked answers; set {key}.golden to the column that holds them"
@@ -208,24 +217,32 @@ def load_data(recipe: Recipe, pair: ModelPair, sampling: Sampling) -> tuple[list
             ]
         prefix = f"{place}/" if len(recipe.data_sections) > 1 else ""
         prompts += [replace(prompt, id=f"{prefix}{prompt.id}", teacher=section.teacher) for prompt in found]
-    problems = None
-    if (asked := recipe.evaluation).data is not None:
+    asked = recipe.evaluation
+    problems = []
+    if asked.data is not None:
         if asked.data.answer is None:
             complaints.append("evaluation.data.answer: an evaluation needs the column with reference answers")
-        max_new_tokens = asked.max_new_tokens or sampling.max_new_tokens
-        problems = Problems(
-            name=Path(asked.data.path).stem if asked.data.path else asked.data.split,
-            prompts=load(asked.data, "evaluation.data", max_new_tokens),
-            sampling=Sampling(
-                stop_ids=sampling.stop_ids,
-                max_new_tokens=max_new_tokens,
-                temperature=asked.temperature,
-                samples_per_prompt=asked.samples,
-            ),
-        )
+        name = Path(asked.data.path).stem if asked.data.path else asked.data.split
+        found = load(asked.data, "evaluation.data", asked.max_new_tokens or sampling.max_new_tokens, asked.seed)
+        problems.append((name, found, name, 1))
+    first = next(iter(recipe.data_sections.values()))
+    for name in asked.benchmarks:
+        try:
+            entry = benchmark(name)
+            data = entry.data(
+                Path(asked.folder) if asked.folder else None,
+                chat=first.chat,
+                system=first.system,
+                enable_thinking=first.enable_thinking,
+            )
+        except ConfigError as error:
+            complaints.append(f"evaluation.benchmarks: {error}")
+            continue
+        found = load(data, f"evaluation.benchmarks {name}", asked.max_new_tokens or sampling.max_new_tokens, asked.seed)
+        problems.append((name, found, entry.title, entry.version))
     if complaints:
         raise ConfigError("\n".join(complaints))
-    return prompts, problems
+    return prompts, [Problems(*each) for each in problems]
 
 
 def _reference(recipe: Recipe, pair: ModelPair) -> HFTeacher:
@@ -241,11 +258,3 @@ def _single_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, key: str) 
             raise ConfigError(f"{key}: {text!r} is {len(encoded)} tokens; only single tokens can be named here")
         ids += encoded
     return tuple(ids)
-
-
-def fingerprint(prompts: list[Prompt]) -> str:
-    """A hash of every prompt's tokens and answer, in order."""
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(repr((prompt.id, prompt.prompt_ids, prompt.answer, prompt.golden_ids)).encode())
-    return digest.hexdigest()

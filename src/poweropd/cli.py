@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -131,52 +132,87 @@ def _dry_run(recipe: Any) -> None:
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Hub id, local folder, `quickstart:student` or `quickstart:teacher`.")],
-    data: Annotated[Path, typer.Option(help="Problems with reference answers: .jsonl or .parquet.")],
-    out: Out,
-    prompt: Annotated[str, typer.Option(help="Column with the question.")] = "problem",
-    answer: Annotated[str, typer.Option(help="Column with the reference answer.")] = "answer",
-    template: Annotated[str, typer.Option(help="The user message; {prompt} becomes the question.")] = "{prompt}",
+    benchmark: Annotated[
+        list[str] | None,
+        typer.Option(help="gsm8k, math500, amc23, aime24, aime25, minerva_math, olympiadbench; several by comma."),
+    ] = None,
+    preset: Annotated[
+        Literal["paper"] | None, typer.Option(help="`paper`: all seven, 8 samples of 4,096 tokens at temperature 0.6.")
+    ] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="Problems of your own with reference answers: .jsonl or .parquet.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where results and samples go; an unfinished evaluation there is gone on with.")
+    ] = None,
+    benchmarks_folder: Annotated[
+        Path | None,
+        typer.Option("--folder", help="Benchmarks as <name>.jsonl; those that are not there come from the Hub."),
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="The --out of another evaluation: compare with it, problem by problem.")
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="Column of --data with the question.")] = "problem",
+    answer: Annotated[str, typer.Option(help="Column of --data with the reference answer.")] = "answer",
+    template: Annotated[
+        str | None, typer.Option(help="The user message; {prompt} becomes the question. Benchmarks have their own.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    chat: Annotated[bool, typer.Option(help="Apply the chat template, or ask with the bare text.")] = True,
     thinking: Annotated[bool | None, typer.Option(help="Thinking mode, where the chat template has one.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Samples per problem.")] = 8,
-    temperature: Annotated[float, typer.Option(min=0)] = 0.6,
+    samples: Annotated[int | None, typer.Option(min=1, help="Samples per problem; by default 8.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="By default 0.6; 0 is greedy.")] = None,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 1.0,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="By default 1024, or half of a shorter context.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use the first problems only.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask the first problems of each set only.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 64,
     precision: Annotated[Precision, typer.Option(help="Of weights and matmuls.")] = "auto",
     grading: Annotated[GradingMode, typer.Option(help="Compare answers as values or as text.")] = "math",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     debug: Debug = False,
 ) -> None:
-    """Avg@k, Pass@k, length and truncation of a model, with 95 % intervals; every sample is kept.
+    """Avg@k, Pass@k, Maj@k, length, truncation and repetition of a model, with 95 % intervals; every sample is kept.
 
-    Example: `poweropd evaluate quickstart:teacher --data problems.jsonl --out eval`
+    Killed and started again, it samples only what is missing.
+
+    Example: `poweropd evaluate runs/mine/student --benchmark math500,aime24 --against evals/before`
     """
     with _plain_errors(debug):
         from poweropd.console import ConsoleObserver
-        from poweropd.evaluation.standalone import evaluate_model
-        from poweropd.sections import DataConfig, SamplingConfig
+        from poweropd.evaluation import show
+        from poweropd.evaluation.record import read_summaries
+        from poweropd.evaluation.standalone import Settings, chosen_sets, evaluate_model
 
-        config = DataConfig(
-            source="parquet" if data.suffix == ".parquet" else "jsonl", path=str(data), prompt=prompt, answer=answer, template=template, limit=limit,
-            enable_thinking=thinking,
-        )  # fmt: skip
-        budget: dict[str, Any] = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
-        sampling = SamplingConfig(temperature=temperature, samples_per_prompt=samples, **budget)
+        names = [name.strip() for each in benchmark or [] for name in each.split(",") if name.strip()]
+        asked = {"template": template, "system": system, "chat": chat, "enable_thinking": thinking, "limit": limit}
+        columns = {"prompt": prompt, "answer": answer}
+        sets = chosen_sets(names, data or [], benchmarks_folder, preset, columns, asked)
+        other = None if against is None else read_summaries(against)
+        out = out or Path("evals") / Path(model.rstrip("/").replace(":", "-")).name
+        settings = Settings(samples, temperature, top_p, max_new_tokens, seed, precision, batch, grading)
         with ConsoleObserver(console) as observer:
-            summary = evaluate_model(
-                model, config, sampling, out, observer.on_evaluation,
-                precision=precision, sequences_per_batch=batch, grading=grading, seed=seed,
-            )  # fmt: skip
-        table = Table("measure", "value", "95 % interval")
-        for name, (low, high) in summary["intervals"].items():
-            table.add_row(name, f"{summary[name]:.3f}", f"{low:.3f} to {high:.3f}")
-        console.print(table)
-        console.print(
-            f"{summary['problems']} problems x {summary['samples']} samples, graded {summary['status']}; {out}",
-            markup=False,
-        )
+            summaries = evaluate_model(model, sets, settings, out, observer.on_evaluation, preset=preset)
+        _print_table(show.results(summaries))
+        console.print(f"in percent, with 95 % intervals over problems; graded {show.statuses(summaries)}", markup=False)
+        if other is not None:
+            _print_table(show.comparison(summaries, other))
+            console.print(
+                f"percentage points more than {against}; gained and lost: problems now solved in at least half of the "
+                "samples, and no longer",
+                markup=False,
+            )
+        console.print(f"samples and results in {out}", markup=False)
+
+
+def _print_table(table: Any) -> None:
+    drawn = Table(box=SIMPLE, pad_edge=False)
+    for heading in table.headings:
+        drawn.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for row in table.rows:
+        drawn.add_row(*row)
+    console.print(drawn)
 
 
 @app.command()

@@ -43,8 +43,9 @@ class ConsoleObserver:
     def warn(self, text: str) -> None:
         self.console.print(f"warning: {text}", style="yellow", markup=False)
 
-    def on_evaluation(self, name: str, done: int, total: int) -> None:
-        self._advance(f"evaluate {name}", done, total, "problems")
+    def on_evaluation(self, name: str, done: int, total: int, accuracy: float | None) -> None:
+        so_far = "" if accuracy is None else f"  accuracy {accuracy:.3f}"
+        self._advance(f"evaluate {name}", done, total, f"problems{so_far}")
 
     def on_step(self, step: int, steps: int, metrics: dict[str, float], name: str = "train") -> None:
         signal = "divergence" if "divergence/mean" in metrics else "reward"

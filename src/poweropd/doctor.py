@@ -82,7 +82,8 @@ def _chat_template(recipe: Recipe, parts: Parts) -> Check:
 
 def _data(recipe: Recipe, parts: Parts) -> Check:
     epochs = recipe.train.steps * recipe.train.prompts_per_step / len(parts.stream)
-    held_out = "no evaluation" if parts.problems is None else f"{len(parts.problems.prompts)} problems to evaluate"
+    asked = ", ".join(f"{len(problems.prompts)} of {problems.title}" for problems in parts.problems)
+    held_out = f"problems to evaluate: {asked}" if asked else "no evaluation"
     return Check("data", "ok", f"{len(parts.stream)} prompts, {epochs:.2g} epochs; {held_out}")
 
 

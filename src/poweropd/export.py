@@ -1,10 +1,11 @@
 """The finished student as a folder that anyone can load."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from poweropd.config import Recipe
+from poweropd.evaluation.summary import Summaries
 from poweropd.policy import Student
 
 CARD = """\
@@ -37,13 +38,13 @@ The licences of the student, the teacher and the data apply.
 
 
 def export_student(
-    student: Student, folder: Path, recipe: Recipe, stop_ids: tuple[int, ...], evaluations: dict[str, dict[str, Any]]
+    student: Student, folder: Path, recipe: Recipe, stop_ids: tuple[int, ...], evaluations: Mapping[str, Summaries]
 ) -> None:
     """Write weights, config, tokenizer and model card: beside `folder` first, then renamed.
 
     Args:
         stop_ids: tokens that end an answer.
-        evaluations: summaries by name, for the card.
+        evaluations: by whose they are, for the card.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -67,14 +68,15 @@ def export_student(
     partial.rename(folder)
 
 
-def _results(evaluations: dict[str, dict[str, Any]]) -> str:
-    if not evaluations:
+def _results(evaluations: Mapping[str, Summaries]) -> str:
+    rows = [(when, summary) for when, summaries in evaluations.items() for summary in summaries.values()]
+    if not rows:
         return ""
-    k = next(iter(evaluations.values()))["samples"]
+    k = rows[0][1]["samples"]
     keys = [f"avg_at_{k}", f"pass_at_{k}", "mean_length", "truncation"]
-    lines = ["| | " + " | ".join(keys) + " |", "|---" * (len(keys) + 1) + "|"]
+    lines = ["| | problems | " + " | ".join(keys) + " |", "|---" * (len(keys) + 2) + "|"]
     lines += [
-        f"| {name} | " + " | ".join(f"{summary[key]:.3g}" for key in keys) + " |"
-        for name, summary in evaluations.items()
+        f"| {when} | {summary['title']} | " + " | ".join(f"{summary[key]:.3g}" for key in keys) + " |"
+        for when, summary in rows
     ]
     return "\n".join(lines) + "\n"

@@ -1,5 +1,6 @@
 """A data set to prompts, in an order that is a pure function of seed and step."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -44,7 +45,7 @@ def load_prompts(
     limit = min(max_prompt_tokens, config.max_prompt_tokens or max_prompt_tokens)
     prompts: list[Prompt] = []
     overlong: list[Prompt] = []
-    for index, row in enumerate(islice(_rows(config, seed, key), config.limit)):
+    for index, row in enumerate(islice(read_rows(config, seed=seed, key=key), config.limit)):
         prompt = _prompt(config, tokenizer, row, index, end_id, key)
         (prompts if len(prompt.prompt_ids) <= limit else overlong).append(prompt)
     if overlong and config.overlong == "error":
@@ -63,12 +64,12 @@ def load_prompts(
 def _prompt(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], index: int, end_id: int, key: str
 ) -> Prompt:
-    def column(name: str) -> str:
+    def column(name: str) -> Any:
         if row.get(name) is None:
             raise ConfigError(f"{key}: row {index} has no column {name!r}; it has {', '.join(map(repr, row))}")
-        return str(row[name])
+        return row[name]
 
-    question = column(config.prompt)
+    question = str(column(config.prompt))
     text = config.template.replace("{prompt}", question)
     if config.chat:
         system = [{"role": "system", "content": config.system}] if config.system else []
@@ -77,19 +78,38 @@ def _prompt(
         text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **thinking))
     golden = None
     if config.golden:
-        golden = (*tokenizer.encode(column(config.golden), add_special_tokens=False), end_id)
+        golden = (*tokenizer.encode(str(column(config.golden)), add_special_tokens=False), end_id)
     return Prompt(
         id=str(row.get("id", index)),
         prompt_ids=tuple(tokenizer.encode(text, add_special_tokens=not config.chat)),
         text=question,
-        answer=_reference(column(config.answer)) if config.answer else None,
+        answer=reference_answer(column(config.answer)) if config.answer else None,
         golden_ids=golden,
     )
 
 
-def _reference(text: str) -> str:
-    """The answer itself: GSM8K writes it after `####`, behind the worked solution."""
+def reference_answer(value: Any) -> str:
+    """The answer itself: GSM8K writes it after `####`, behind the worked solution; OlympiadBench has lists of answers."""
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     return text.rpartition("####")[2].strip()
+
+
+def read_rows(config: DataConfig, *, seed: int = 0, key: str = "data") -> Iterable[dict[str, Any]]:
+    """The rows of a data set, as they stand in its source.
+
+    Raises:
+        ConfigError: it cannot be read, or has another number of rows than expected.
+    """
+    rows = _rows(config, seed, key)
+    if config.expected_rows is None:
+        return rows
+    every = list(rows)
+    if len(every) != config.expected_rows:
+        raise ConfigError(
+            f"{key}: {config.path} has {len(every)} rows, and {config.expected_rows} are expected; use the complete set, "
+            f"or limit to ask fewer"
+        )
+    return every
 
 
 def _rows(config: DataConfig, seed: int, key: str) -> Iterable[dict[str, Any]]:
@@ -154,6 +174,14 @@ def _hub_rows(config: DataConfig, key: str) -> Iterator[dict[str, Any]]:
         yield from datasets.load_dataset(config.path, name=config.subset, split=config.split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ConfigError(f"{key}.path: Hub data set {config.path!r}: {' '.join(str(error).split())[:200]}") from None
+
+
+def fingerprint(prompts: Sequence[Prompt]) -> str:
+    """A hash of every prompt's tokens and answer, in order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(repr((prompt.id, prompt.prompt_ids, prompt.answer, prompt.golden_ids)).encode())
+    return digest.hexdigest()
 
 
 class PromptStream:

@@ -1,10 +1,10 @@
 """The training loop: sample, score, update, record."""
 
-import shutil
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -21,12 +21,13 @@ from poweropd.diagnostics import (
 )
 from poweropd.errors import CollapseError, NonFiniteError, RunError
 from poweropd.evaluation.grading import Grader
-from poweropd.evaluation.runner import evaluate, load_summary
+from poweropd.evaluation.runner import evaluate
+from poweropd.evaluation.summary import Summaries, results
 from poweropd.export import export_student
 from poweropd.interrupts import StopRequest
 from poweropd.objectives import Objective, build
 from poweropd.objectives.schedules import Coefficient
-from poweropd.rollout.engine import RolloutEngine
+from poweropd.rollout.engine import Sampler
 from poweropd.rollout.golden import GoldenEngine
 from poweropd.rollout.sources import off_policy_notes
 from poweropd.runlog import CHECKPOINTS, RECIPE, STUDENT, SUMMARY, RunDirectory
@@ -35,7 +36,13 @@ from poweropd.types import Prompt, ScoredRollout
 from poweropd.update import GradientResult, accumulate_gradient
 
 UNTRAINED = "000000"  # a place below eval/; those of trained students are named by step
-MAY_CHANGE_ON_RESUME = {"train": {"steps"}, "checkpoint": True, "guard": True, "log": True, "evaluation": {"every"}}
+MAY_CHANGE_ON_RESUME = {
+    "train": {"steps"},
+    "checkpoint": True,
+    "guard": True,
+    "log": True,
+    "evaluation": {"every", "subset", "cache"},
+}
 
 
 class Observer(Protocol):
@@ -43,18 +50,12 @@ class Observer(Protocol):
 
     def say(self, text: str) -> None: ...
     def warn(self, text: str) -> None: ...
-    def on_evaluation(self, name: str, done: int, total: int) -> None: ...
+    def on_evaluation(self, name: str, done: int, total: int, accuracy: float | None) -> None: ...
     def on_step(self, step: int, steps: int, metrics: dict[str, float]) -> None: ...
 
 
-def train(
-    recipe: Recipe, out: Path, observer: Observer, *, resume: bool = False, known_evaluations: Path | None = None
-) -> None:
+def train(recipe: Recipe, out: Path, observer: Observer, *, resume: bool = False) -> None:
     """Run a recipe in a new directory, or go on with the run in `out`.
-
-    Args:
-        known_evaluations: the `eval` folder of a run with the same models and evaluation, whose evaluations of the
-            teacher and of the untrained student are taken over instead of repeated.
 
     Raises:
         UserError: what is wrong, in one line; nothing of the run is lost.
@@ -65,9 +66,6 @@ def train(
             observer.say(f"{out} is finished, all {recipe.train.steps} steps; nothing to resume")
             return
         run.set_status("running")
-        if known_evaluations is not None:
-            for place in (*map(_place, recipe.judges), UNTRAINED):
-                shutil.copytree(known_evaluations / place, out / "eval" / place)
         try:
             _Training(recipe, run, observer).run()
         except KeyboardInterrupt:
@@ -96,7 +94,7 @@ def recipe_to_resume(out: Path, overrides: list[str] | None = None) -> Recipe:
     if started.model_dump(exclude=MAY_CHANGE_ON_RESUME) != wanted.model_dump(exclude=MAY_CHANGE_ON_RESUME):  # type: ignore[arg-type]
         raise RunError(
             f"--set {' '.join(overrides or [])}: the run in {out} was started otherwise. On --resume only train.steps, "
-            "evaluation.every, checkpoint, guard and log may change; start a new run for the rest"
+            "evaluation.every, .subset and .cache, checkpoint, guard and log may change; start a new run for the rest"
         )
     return wanted
 
@@ -128,7 +126,7 @@ class _Training:
         for note in off_policy_notes(recipe.rollout, parts.objective):
             self._observer.say(note)
         start = self._restore()
-        evaluations: dict[str, dict[str, Any]] = {}
+        evaluations: dict[str, Summaries] = {}
         if parts.problems:
             if recipe.evaluation.teacher:
                 for name, engine in parts.teacher_engines.items():
@@ -144,7 +142,8 @@ class _Training:
             "seed": recipe.train.seed,
             "seconds": round(self._seconds(), 1),
         }
-        self._run.write_json(SUMMARY, {**evaluations, **facts})
+        told = {when: {name: results(summary) for name, summary in each.items()} for when, each in evaluations.items()}
+        self._run.write_json(SUMMARY, {**told, **facts})
         self._run.set_status("finished")
 
     def _loop(self, start: int) -> None:
@@ -183,7 +182,8 @@ class _Training:
                     )
                 self._observer.on_step(done, config.steps, metrics)
                 if _is_due(done, self._recipe.evaluation.every) and done < config.steps and parts.problems:
-                    self._evaluate(f"{done:06d}", parts.student_engine, f"student at step {done}")
+                    name = f"student at step {done}"
+                    self._evaluate(f"{done:06d}", parts.student_engine, name, subset=self._recipe.evaluation.subset)
                 if alarm := self._guard.observe(step, metrics):
                     self._heed(alarm)
                 if _is_due(done, self._recipe.checkpoint.every) or done == config.steps or stop.requested:
@@ -225,26 +225,30 @@ class _Training:
             self._reference_kl.raise_()
         self._observer.warn(alarm.text + (". The reference KL is doubled" if action == "raise_reference_kl" else ""))
 
-    def _evaluate(self, place: str, engine: RolloutEngine, name: str) -> dict[str, Any]:
-        """Evaluate, unless an interrupted session of this run has done so already."""
-        problems = self._parts.problems
-        assert problems is not None
-        folder = self._run.path / "eval" / place
-        known = load_summary(folder, problems.name)
-        if known is not None:
-            return known
-        with Grader(mode=self._recipe.evaluation.grading) as grader:
-            evaluation = evaluate(
-                engine,
-                self._parts.pair.tokenizer,
-                problems.prompts,
-                problems.sampling,
-                grader,
-                seed=self._recipe.train.seed,
-                on_progress=lambda done, total: self._observer.on_evaluation(name, done, total),
-            )
-        evaluation.save(folder, problems.name)
-        return evaluation.summary
+    def _evaluate(self, place: str, engine: Sampler, name: str, *, subset: int | None = None) -> Summaries:
+        """Evaluate, unless an earlier session of this run, or whoever shares its cache, has done so already.
+
+        Args:
+            place: below `eval/`.
+            subset: ask so many problems of each set only.
+        """
+        config, parts = self._recipe.evaluation, self._parts
+        summaries = {}
+        with Grader(mode=config.grading) as grader:
+            for problems in parts.problems:
+                title = name if len(parts.problems) == 1 else f"{name}, {problems.title}"
+                summaries[problems.name] = evaluate(
+                    engine,
+                    parts.pair.tokenizer,
+                    problems.subset(subset),
+                    parts.asking,
+                    grader,
+                    self._run.path / "eval" / place,
+                    cache=Path(config.cache) if config.cache else None,
+                    replace_other=True,  # a checkpoint was gone back to, and the steps since were taken otherwise
+                    on_progress=partial(self._observer.on_evaluation, title),
+                )
+        return summaries
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._started

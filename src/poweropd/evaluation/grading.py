@@ -7,10 +7,12 @@ import subprocess
 import sys
 import threading
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Literal, get_args
 
 GradeStatus = Literal["correct", "wrong", "no_answer", "unparsable", "timeout"]
 GradingMode = Literal["math", "exact"]
+GRADING_VERSION = 2  # raised whenever the same answer could get another grade
 STARTUP_SECONDS = 120.0  # a busy machine imports slowly
 LONGEST_ANSWER = 1000  # characters; a longer "answer" is not one
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
@@ -70,6 +72,11 @@ class Grader:
         self._mode = mode
         self._seconds = seconds
         self._worker: _Worker | None = None
+
+    @property
+    def version(self) -> str:
+        """What grades depend on beside the answer: evaluations of another version are graded again, not sampled."""
+        return f"{self._mode} {GRADING_VERSION}, math-verify {version('math-verify')}"
 
     def __enter__(self) -> "Grader":
         return self

@@ -1,78 +1,126 @@
 """Sample, grade and summarise: the same code before, during and after training and in `poweropd evaluate`."""
 
-import json
-from collections import Counter
+import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from poweropd.evaluation.grading import Grade, Grader
-from poweropd.evaluation.metrics import bootstrap, pass_at_k
-from poweropd.rollout.engine import RolloutEngine, Sampling
+from poweropd.errors import ConfigError
+from poweropd.evaluation.grading import Grader
+from poweropd.evaluation.record import Record
+from poweropd.evaluation.summary import summarise
+from poweropd.prompts import fingerprint
+from poweropd.repetition import is_repetitive, threshold_for, window_for
+from poweropd.rollout.engine import Sampler, Sampling
 from poweropd.types import Prompt, Rollout
 
-PROMPTS_PER_CALL = 32  # how often progress is told
+Progress = Callable[[int, int, float | None], None]
+"""Told problems done, problems in all, and the accuracy so far; None where nothing is done."""
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """`summary` holds means and their 95 % intervals over problems; `samples` one record a response."""
+class Problems:
+    """A set of problems, tokenised.
 
-    summary: dict[str, Any]
-    samples: list[dict[str, Any]]
+    Attributes:
+        name: names its files.
+        title: what tables call it.
+        version: of the benchmark it is; see `Benchmark`.
+    """
 
-    def save(self, folder: Path, name: str) -> None:
-        """`<name>.jsonl` first, `<name>.json` last: where the summary exists, the samples are complete."""
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in self.samples)
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-        partial = folder / f"{name}.json.partial"
-        partial.write_text(json.dumps(self.summary, indent=2) + "\n", encoding="utf-8")
-        partial.rename(folder / f"{name}.json")
+    name: str
+    prompts: list[Prompt]
+    title: str
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError: a problem has no reference answer, or two have one id."""
+        missing = [prompt.id for prompt in self.prompts if not prompt.answer]
+        if missing:
+            raise ConfigError(
+                f"{self.name}: {len(missing)} problems have no reference answer, the first is {missing[0]}; leave them out"
+            )
+        twice = len(self.prompts) - len({prompt.id for prompt in self.prompts})
+        if twice:
+            raise ConfigError(f"{self.name}: {twice} problems have an id that another has; give each its own, or none")
+
+    def subset(self, count: int | None) -> "Problems":
+        """`count` of them, always the same ones whatever their order; a smaller subset lies within a larger one."""
+        if count is None or count >= len(self.prompts):
+            return self
+        drawn = sorted(self.prompts, key=lambda prompt: hashlib.sha256(prompt.id.encode()).digest())[:count]
+        chosen = {prompt.id for prompt in drawn}
+        return replace(self, prompts=[prompt for prompt in self.prompts if prompt.id in chosen])
 
 
-def load_summary(folder: Path, name: str) -> dict[str, Any] | None:
-    """The summary of a finished evaluation, None if there is none."""
-    path = folder / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+@dataclass(frozen=True)
+class Asking:
+    """How problems are asked: what the samples and their grades depend on beside the model and the problems."""
+
+    sampling: Sampling
+    seed: int = 0
+    problems_per_call: int = 32
 
 
 def evaluate(
-    engine: RolloutEngine,
+    engine: Sampler,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
+    problems: Problems,
+    asking: Asking,
     grader: Grader,
+    folder: Path,
     *,
-    seed: int,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Evaluation:
-    """Sample `sampling.samples_per_prompt` responses to every problem and grade them.
+    cache: Path | None = None,
+    replace_other: bool = False,
+    on_progress: Progress = lambda done, total, accuracy: None,
+) -> dict[str, Any]:
+    """Sample responses to every problem and grade them; what is on disk already is not sampled again.
 
     Args:
-        prompts: with reference answers.
-        on_progress: told problems done and in all.
+        folder: gets `<name>.json`, the summary, and `<name>.jsonl`, every sample as soon as it is graded.
+        cache: see `Record`.
+        replace_other: remove another evaluation that lies there, rather than refuse.
+
+    Returns:
+        The summary: see docs/metrics.md.
 
     Raises:
-        ValueError: a prompt has no reference answer.
+        RunError: another evaluation lies in `folder`.
     """
-    missing = [prompt.id for prompt in prompts if prompt.answer is None]
-    if missing:
-        raise ValueError(f"{len(missing)} problems have no reference answer, the first is {missing[0]}")
-    samples, grades, rollouts = [], [], []
-    on_progress(0, len(prompts))
-    for start in range(0, len(prompts), PROMPTS_PER_CALL):
-        for rollout in engine.generate(prompts[start : start + PROMPTS_PER_CALL], sampling, seed=seed):
-            response = decode_response(rollout, tokenizer, sampling.stop_ids)
-            grade = grader.grade(response, str(rollout.prompt.answer))
-            rollouts.append(rollout)
-            grades.append(grade)
-            samples.append(_record(rollout, response, grade))
-        on_progress(min(start + PROMPTS_PER_CALL, len(prompts)), len(prompts))
-    return Evaluation(_summary(rollouts, grades, sampling, seed), samples)
+    sampling = asking.sampling
+    settings = {
+        "version": problems.version,
+        "problems": fingerprint(problems.prompts),
+        "model": engine.fingerprint(),
+        "seed": asking.seed,
+        **asdict(sampling) | {"stop_ids": list(sampling.stop_ids)},
+    }
+    record = Record(folder, problems.name, settings, grader.version, cache)
+    total = len(problems.prompts)
+    if replace_other:
+        record.make_room()
+    known = record.known()
+    if known is not None:
+        on_progress(total, total, known[f"avg_at_{sampling.samples_per_prompt}"])
+        return known
+    samples = _graded(record.begin(sampling.samples_per_prompt), grader)  # perhaps by an earlier grader
+    record.rewrite(samples)
+    asked = {sample["id"] for sample in samples}
+    remaining = [prompt for prompt in problems.prompts if prompt.id not in asked]
+    on_progress(total - len(remaining), total, _accuracy(samples))
+    for start in range(0, len(remaining), asking.problems_per_call):
+        prompts = remaining[start : start + asking.problems_per_call]
+        rollouts = engine.generate(prompts, sampling, seed=asking.seed)
+        graded = _graded([_sample(rollout, tokenizer, sampling) for rollout in rollouts], grader)
+        record.append(graded)
+        samples += graded
+        on_progress(len(samples) // sampling.samples_per_prompt, total, _accuracy(samples))
+    order = {prompt.id: place for place, prompt in enumerate(problems.prompts)}
+    samples.sort(key=lambda sample: order[sample["id"]])
+    return record.finish({"benchmark": problems.name, "title": problems.title, **summarise(samples)})
 
 
 def decode_response(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> str:
@@ -81,46 +129,28 @@ def decode_response(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, stop_i
     return str(tokenizer.decode(list(ids[:-1] if ids and ids[-1] in stop_ids else ids)))
 
 
-def _record(rollout: Rollout, response: str, grade: Grade) -> dict[str, Any]:
+def _sample(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> dict[str, Any]:
+    response = decode_response(rollout, tokenizer, sampling.stop_ids)
+    window = window_for(sampling.max_new_tokens)
     return {
         "id": rollout.prompt.id,
         "sample": rollout.sample,
         "problem": rollout.prompt.text,
         "reference": rollout.prompt.answer,
         "response": response,
-        "answer": grade.answer,
-        "status": grade.status,
         "length": len(rollout),
         "finish_reason": rollout.finish_reason,
+        "repetitive": is_repetitive(response, window=window, threshold=threshold_for(window)),
     }
 
 
-def _summary(rollouts: list[Rollout], grades: list[Grade], sampling: Sampling, seed: int) -> dict[str, Any]:
-    k = sampling.samples_per_prompt
+def _graded(samples: Sequence[dict[str, Any]], grader: Grader) -> list[dict[str, Any]]:
+    grades = [grader.grade(sample["response"], sample["reference"]) for sample in samples]
+    return [
+        {**sample, "answer": grade.answer, "status": grade.status}
+        for sample, grade in zip(samples, grades, strict=True)
+    ]
 
-    def by_problem(values: list[float]) -> list[list[float]]:
-        return [values[start : start + k] for start in range(0, len(values), k)]
 
-    correct = by_problem([float(grade.correct) for grade in grades])
-    measures = {
-        f"avg_at_{k}": [sum(row) / k for row in correct],
-        f"pass_at_{k}": [pass_at_k(k, int(sum(row)), k) for row in correct],
-        "mean_length": [sum(row) / k for row in by_problem([float(len(rollout)) for rollout in rollouts])],
-        "truncation": [sum(row) / k for row in by_problem([float(r.finish_reason == "length") for r in rollouts])],
-    }
-    estimates = {name: bootstrap(values) for name, values in measures.items()}
-    return {
-        **{name: estimate.mean for name, estimate in estimates.items()},
-        "intervals": {name: [estimate.low, estimate.high] for name, estimate in estimates.items()},
-        "problems": len(correct),
-        "samples": k,
-        "status": dict(Counter(grade.status for grade in grades)),
-        "sampling": {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-            "max_new_tokens": sampling.max_new_tokens,
-            "seed": seed,
-        },
-    }
+def _accuracy(samples: Sequence[dict[str, Any]]) -> float | None:
+    return sum(sample["status"] == "correct" for sample in samples) / len(samples) if samples else None

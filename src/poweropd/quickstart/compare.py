@@ -47,8 +47,8 @@ class Arm:
 def train_all(arms: list[Arm], observer: ConsoleObserver) -> list[RunData]:
     """Train every arm; one that fails is told and left out.
 
-    The first runs alone: the others take over its evaluations of the teacher and of the untrained student. Each of
-    the others has a process of its own, `train.threads` threads wide.
+    The first runs alone, so that the others find its evaluations of the teacher and of the untrained student in the cache
+    of their recipes. Each of the others has a process of its own, `train.threads` threads wide.
 
     Raises:
         UserError: the first arm failed.
@@ -58,11 +58,11 @@ def train_all(arms: list[Arm], observer: ConsoleObserver) -> list[RunData]:
     train(first.recipe, first.out, _Named(observer, first.name))
     cores = os.cpu_count() or 1
     workers = max(1, cores // (first.recipe.train.threads or cores))
-    finished = {first.name, *_side_by_side(others, workers, first.out / "eval", observer)}
+    finished = {first.name, *_side_by_side(others, workers, observer)}
     return [read_run(arm.out, arm.name) for arm in arms if arm.name in finished]
 
 
-def _side_by_side(arms: list[Arm], workers: int, shared: Path, observer: ConsoleObserver) -> set[str]:
+def _side_by_side(arms: list[Arm], workers: int, observer: ConsoleObserver) -> set[str]:
     """The names of the arms that finished."""
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     events: Events = context.Queue()
@@ -74,7 +74,7 @@ def _side_by_side(arms: list[Arm], workers: int, shared: Path, observer: Console
         while waiting or running:
             while waiting and len(running) < workers:
                 arm = waiting.pop(0)
-                process = context.Process(target=_train_arm, args=(arm, shared, events))
+                process = context.Process(target=_train_arm, args=(arm, events))
                 process.start()
                 running[arm.name] = process
             connection.wait([process.sentinel for process in running.values()])
@@ -107,9 +107,9 @@ class _Named:
     def warn(self, text: str) -> None:
         self._observer.warn(f"{self._name}: {text}")
 
-    def on_evaluation(self, name: str, done: int, total: int) -> None:
+    def on_evaluation(self, name: str, done: int, total: int, accuracy: float | None) -> None:
         if name in ("teacher", "student before"):
-            self._observer.on_evaluation(name, done, total)
+            self._observer.on_evaluation(name, done, total, accuracy)
 
     def on_step(self, step: int, steps: int, metrics: dict[str, float]) -> None:
         self._observer.on_step(step, steps, metrics, name=self._name)
@@ -128,17 +128,17 @@ class _Sent:
     def warn(self, text: str) -> None:
         self._events.put((self._name, "warn", (text,)))
 
-    def on_evaluation(self, name: str, done: int, total: int) -> None:
+    def on_evaluation(self, name: str, done: int, total: int, accuracy: float | None) -> None:
         pass
 
     def on_step(self, step: int, steps: int, metrics: dict[str, float]) -> None:
         self._events.put((self._name, "on_step", (step, steps, metrics)))
 
 
-def _train_arm(arm: Arm, shared: Path, events: Events) -> None:
+def _train_arm(arm: Arm, events: Events) -> None:
     observer = _Sent(events, arm.name)
     try:
-        train(arm.recipe, arm.out, observer, known_evaluations=shared)
+        train(arm.recipe, arm.out, observer)
     except UserError as error:
         observer.warn(str(error))
         sys.exit(TOLD)

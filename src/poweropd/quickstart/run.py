@@ -43,8 +43,10 @@ def run_quickstart(out: Path, console: Console, *, steps: int | None, seed: int)
 
 def run_comparison(out: Path, console: Console, *, steps: int | None, seed: int) -> None:
     """Train the student with every objective of `COMPARED`: one table and one figure."""
+    cache = f"evaluation.cache={out / 'evaluations'}"
     arms = [
-        Arm(name, _recipe(overrides, steps, seed), out / name.replace(" ", "_")) for name, overrides in COMPARED.items()
+        Arm(name, _recipe([*overrides, cache], steps, seed), out / name.replace(" ", "_"))
+        for name, overrides in COMPARED.items()
     ]
     with ConsoleObserver(console) as observer:
         runs = train_all(arms, observer)
@@ -55,7 +57,7 @@ def run_comparison(out: Path, console: Console, *, steps: int | None, seed: int)
 
 
 def _recipe(overrides: list[str], steps: int | None, seed: int) -> Recipe:
-    values = [f"train.seed={seed}", *([] if steps is None else [f"train.steps={steps}"])]
+    values = [f"train.seed={seed}", f"evaluation.seed={seed}", *([] if steps is None else [f"train.steps={steps}"])]
     return load_recipe(RECIPE, [*overrides, *values])
 
 

@@ -44,3 +44,11 @@ class RolloutEngine(Protocol):
     def update_weights(self, *, version: int) -> None:
         """Sample from the student's weights as they are now, after `version` optimizer steps."""
         ...
+
+
+class Sampler(RolloutEngine, Protocol):
+    """An engine that draws from models."""
+
+    def fingerprint(self) -> str:
+        """A hash of all that decides its draws beside what `generate` is told: above all, every weight."""
+        ...

@@ -1,5 +1,6 @@
 """Rollouts by a transformers model in this process, batched, with a KV cache."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from poweropd.models import compute_precision, lm_head
+from poweropd.models import compute_precision, lm_head, weights_fingerprint
 from poweropd.objectives.lm_head import head_logits
 from poweropd.rollout.engine import Sampling
 from poweropd.rollout.sampling import draw, mix, uniforms
@@ -62,6 +63,10 @@ class HFEngine:
 
     def update_weights(self, *, version: int) -> None:
         self._version = version
+
+    def fingerprint(self) -> str:
+        parts = [*map(weights_fingerprint, self._models), self._shares, self._vocab_size, str(self._precision)]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> list[Rollout]:
