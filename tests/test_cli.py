@@ -219,14 +219,33 @@ def test_evaluate(tmp_path: Path) -> None:
     ]
     code, output = invoke(*arguments)
     assert code == 0, output
-    assert "1 problems x 8 samples" in output
+    assert "Avg@8" in output
     summary = json.loads((tmp_path / "out" / "problems.json").read_text())
     assert summary["avg_at_8"] > 0.5
-    assert "which is never written over" in complaint(*invoke(*arguments))
-    arguments[5:] = [str(tmp_path / "default"), "--samples", "1"]
+    assert f"{100 * summary['avg_at_8']:.1f} [" in output
+    code, again = invoke(*arguments, "--against", str(tmp_path / "out"))  # finished: nothing is sampled
+    assert code == 0, again
+    assert "+0.0 [+0.0, +0.0]" in again
+    assert "which is never written over: temperature 0.6 there" in complaint(*invoke(*arguments, "--temperature", "1"))
+    arguments[5:] = [str(tmp_path / "default"), "--temperature", "0"]
     code, output = invoke(*arguments)  # the pair's context is 1024, as the default budget would be
     assert code == 0, output
-    assert json.loads((tmp_path / "default" / "problems.json").read_text())["sampling"]["max_new_tokens"] == 512
+    settings = json.loads((tmp_path / "default" / "problems.json").read_text())["settings"]
+    assert (settings["max_new_tokens"], settings["samples_per_prompt"]) == (512, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--benchmark", "math501"], "unknown benchmark 'math501': did you mean math500?"),
+        (["--benchmark", " "], "say what to evaluate on"),
+        (["--data", "no.jsonl"], "there is no file 'no.jsonl'"),
+        (["--data", "no.jsonl", "--temperature", "0", "--samples", "2"], "temperature 0 is greedy"),
+        (["--data", "no.jsonl", "--against", "nowhere"], "nowhere holds no finished evaluation"),
+    ],
+)
+def test_evaluate_refuses_in_one_line(arguments: list[str], said: str) -> None:
+    assert said in complaint(*invoke("evaluate", "quickstart:student", *arguments))
 
 
 def test_objectives_lists_every_row_and_the_docs_agree() -> None:

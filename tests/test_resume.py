@@ -188,7 +188,7 @@ def test_the_run_directory_is_the_whole_record(unbroken: Path) -> None:
     } <= names
     summary = json.loads((unbroken / "summary.json").read_text())
     for when in ("before", "after", "teacher"):
-        assert {"avg_at_2", "pass_at_2", "mean_length", "truncation"} <= summary[when].keys()
+        assert {"avg_at_2", "pass_at_2", "mean_length", "truncation"} <= summary[when]["held_out"].keys()
     assert summary["seconds"] > 0
     manifest = json.loads((unbroken / "manifest.json").read_text())
     assert manifest["status"] == "finished"

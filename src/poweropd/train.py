@@ -125,14 +125,13 @@ class _Training:
         self._observer.say(f"{parts.objective}: {recipe.train.steps} steps of {recipe.train.prompts_per_step} prompts")
         for note in off_policy_notes(recipe.rollout, parts.objective):
             self._observer.say(note)
-        start = self._restore()
         evaluations: dict[str, Summaries] = {}
         if parts.problems:
             if recipe.evaluation.teacher:
                 for name, engine in parts.teacher_engines.items():
                     evaluations[_place(name)] = self._evaluate(_place(name), engine, label(name))
             evaluations["before"] = self._evaluate(UNTRAINED, parts.student_engine, "student before")
-        self._loop(start)
+        self._loop(self._restore())
         if parts.problems:
             evaluations["after"] = self._evaluate(f"{recipe.train.steps:06d}", parts.student_engine, "student after")
         export_student(parts.student, self._run.path / STUDENT, recipe, parts.pair.end_tokens.stop_ids, evaluations)

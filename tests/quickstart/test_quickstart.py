@@ -62,7 +62,7 @@ def test_the_quickstart_brings_the_student_closer_to_the_teacher(tmp_path: Path)
     got = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1500)
     assert got.returncode == 0, got.stderr
     summary = json.loads((out / "summary.json").read_text())
-    before, after, teacher = (summary[name] for name in ("before", "after", "teacher"))
+    before, after, teacher = (summary[name]["held_out"] for name in ("before", "after", "teacher"))
     for evaluation in (before, after, teacher):
         assert {"avg_at_8", "pass_at_8", "mean_length", "truncation"} <= evaluation.keys()
     assert teacher["avg_at_8"] >= 0.85

@@ -32,7 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_page_holds_everything_and_needs_no_network(run: Path) -> None:
     page = (run / "report.html").read_text()
     summary = json.loads((run / "summary.json").read_text())
-    assert f"{summary['before']['avg_at_2']:.3f}" in page
+    assert f"{summary['before']['held_out']['avg_at_2']:.3f}" in page
     for title in (figure.title for figure in figures([read_run(run)])):
         assert f"<h3>{title}</h3>" in page
     loaded = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="([^"]+)"', page)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 BOOTSTRAP_SAMPLES = 4000
+DRAWN_AT_ONCE = 1_000_000  # numbers in memory
 TAIL = 0.025  # of each side of a 95 % interval
 
 
@@ -104,8 +105,9 @@ def paired(first: Mapping[str, float], second: Mapping[str, float], *, seed: int
 def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
     """[BOOTSTRAP_SAMPLES] means of problems drawn with replacement."""
     rng = np.random.default_rng(seed)
-    draws = (rng.integers(len(values), size=len(values)) for _ in range(BOOTSTRAP_SAMPLES))
-    return np.fromiter((values[draw].mean() for draw in draws), dtype=float, count=BOOTSTRAP_SAMPLES)
+    at_once = max(1, DRAWN_AT_ONCE // len(values))
+    sizes = [min(at_once, BOOTSTRAP_SAMPLES - start) for start in range(0, BOOTSTRAP_SAMPLES, at_once)]
+    return np.concatenate([values[rng.integers(len(values), size=(size, len(values)))].mean(axis=1) for size in sizes])
 
 
 def _interval(values: np.ndarray, means: np.ndarray) -> Estimate:

@@ -80,8 +80,7 @@ class Record:
         by_problem: dict[str, list[dict[str, Any]]] = {}
         for sample in _lines(self._samples):
             by_problem.setdefault(sample["id"], []).append(sample)
-        whole = [sample for rows in by_problem.values() if len(rows) == samples_per_problem for sample in rows]
-        return whole
+        return [sample for rows in by_problem.values() if len(rows) == samples_per_problem for sample in rows]
 
     def rewrite(self, samples: Sequence[Mapping[str, Any]]) -> None:
         """Let these samples be all that are there."""
