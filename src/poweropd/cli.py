@@ -107,6 +107,7 @@ def _train(recipe: Any, out: Path, sets: list[str] | None) -> None:
 
 
 def _dry_run(recipe: Any) -> None:
+    from poweropd.evaluation.benchmarks import benchmark
     from poweropd.models import is_local
 
     console.print(recipe.to_yaml(), markup=False, end="")
@@ -119,6 +120,8 @@ def _dry_run(recipe: Any) -> None:
     models = [recipe.student.model, *(teacher.model for teacher in recipe.named_teachers.values())]
     remote = [name for name in models if not is_local(name)]
     remote += [data.path for data in recipe.data_sections.values() if data.source == "hub"]
+    for name in recipe.evaluation.benchmarks:
+        benchmark(name)  # refuses an unknown one
     if remote:
         console.print(
             f"The recipe is valid. Not looked at, because they are not on this machine: {', '.join(remote)}. "
