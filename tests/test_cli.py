@@ -223,8 +223,9 @@ def test_evaluate(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "out" / "problems.json").read_text())
     assert summary["avg_at_8"] > 0.5
     assert f"{100 * summary['avg_at_8']:.1f} [" in output
-    code, again = invoke(*arguments, "--against", str(tmp_path / "out"))  # finished: nothing is sampled
+    code, again = invoke(*arguments, "--against", str(tmp_path / "out"), "--k", "3")  # finished: nothing is sampled
     assert code == 0, again
+    assert "Pass@3" in again
     assert "+0.0 [+0.0, +0.0]" in again
     assert "which is never written over: temperature 0.6 there" in complaint(*invoke(*arguments, "--temperature", "1"))
     arguments[5:] = [str(tmp_path / "default"), "--temperature", "0"]
@@ -241,6 +242,7 @@ def test_evaluate(tmp_path: Path) -> None:
         (["--benchmark", " "], "say what to evaluate on"),
         (["--data", "no.jsonl"], "there is no file 'no.jsonl'"),
         (["--data", "no.jsonl", "--temperature", "0", "--samples", "2"], "temperature 0 is greedy"),
+        (["--data", "no.jsonl", "--k", "5", "--k", "9"], "Pass@9 needs at least 9 samples a problem, there are 8"),
         (["--data", "no.jsonl", "--against", "nowhere"], "nowhere holds no finished evaluation"),
     ],
 )

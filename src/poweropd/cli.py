@@ -164,6 +164,7 @@ def evaluate(
     chat: Annotated[bool, typer.Option(help="Apply the chat template, or ask with the bare text.")] = True,
     thinking: Annotated[bool | None, typer.Option(help="Thinking mode, where the chat template has one.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Samples per problem; by default 8.")] = None,
+    k: Annotated[list[int] | None, typer.Option(min=1, help="Tell Pass@k for this k too; may be repeated.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="By default 0.6; 0 is greedy.")] = None,
     top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 1.0,
     max_new_tokens: Annotated[
@@ -194,10 +195,11 @@ def evaluate(
         sets = chosen_sets(names, data or [], benchmarks_folder, preset, columns, asked)
         other = None if against is None else read_summaries(against)
         out = out or Path("evals") / Path(model.rstrip("/").replace(":", "-")).name
-        settings = Settings(samples, temperature, top_p, max_new_tokens, seed, precision, batch, grading)
+        ks = tuple(k or [])
+        settings = Settings(samples, temperature, top_p, max_new_tokens, seed, precision, batch, grading, ks)
         with ConsoleObserver(console) as observer:
             summaries = evaluate_model(model, sets, settings, out, observer.on_evaluation, preset=preset)
-        _print_table(show.results(summaries))
+        _print_table(show.results(summaries, ks))
         console.print(f"in percent, with 95 % intervals over problems; graded {show.statuses(summaries)}", markup=False)
         if other is not None:
             _print_table(show.comparison(summaries, other))

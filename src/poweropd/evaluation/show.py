@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from poweropd.errors import RunError
 from poweropd.evaluation.benchmarks import BENCHMARKS
-from poweropd.evaluation.metrics import bootstrap_of_means, paired
+from poweropd.evaluation.metrics import Estimate, bootstrap, bootstrap_of_means, paired, pass_at_k
 from poweropd.evaluation.summary import Summaries, pass_ks, solved
 
 
@@ -19,7 +19,7 @@ def in_paper_order(names: Mapping[str, Any]) -> list[str]:
     return [name for name in BENCHMARKS if name in names] + [name for name in names if name not in BENCHMARKS]
 
 
-def results(summaries: Summaries) -> Table:
+def results(summaries: Summaries, further_ks: tuple[int, ...] = ()) -> Table:
     """A row a measure, a column a benchmark; accuracies in percent with their 95 % interval.
 
     With several benchmarks the last column is their mean; the interval of Avg@k there is of problems resampled within
@@ -27,26 +27,35 @@ def results(summaries: Summaries) -> Table:
     """
     names = in_paper_order(summaries)
     k = summaries[names[0]]["samples"]
+    passes = sorted({n for n in (*pass_ks(k), *further_ks) if n > 1})
     shown = {
         f"avg_at_{k}": f"Avg@{k}",
-        **({f"pass_at_{n}": f"Pass@{n}" for n in pass_ks(k) if n > 1} | {f"maj_at_{k}": f"Maj@{k}"} if k > 1 else {}),
+        **({f"pass_at_{n}": f"Pass@{n}" for n in passes} | {f"maj_at_{k}": f"Maj@{k}"} if k > 1 else {}),
         "mean_length": "length",
         "truncation": "cut",
         "repetition": "repetitive",
     }
+    estimates = {name: _estimates(summaries[name], further_ks) for name in names}
     rows = []
     for key, label in shown.items():
         scale = 1.0 if key == "mean_length" else 100.0
         row = [label]
         for name in names:
-            low, high = summaries[name]["intervals"][key]
-            row.append(f"{scale * summaries[name][key]:.1f} [{scale * low:.1f}, {scale * high:.1f}]")
+            mean, low, high = (scale * value for value in estimates[name][key])
+            row.append(f"{mean:.1f} [{low:.1f}, {high:.1f}]")
         if len(names) > 1:
-            mean = sum(summaries[name][key] for name in names) / len(names)
-            row.append(f"{scale * mean:.1f}" + (_mean_interval(summaries) if key == f"avg_at_{k}" else ""))
+            mean = scale * sum(estimates[name][key].mean for name in names) / len(names)
+            row.append(f"{mean:.1f}" + (_mean_interval(summaries) if key == f"avg_at_{k}" else ""))
         rows.append(row)
     headings = ["", *(summaries[name]["title"] for name in names), *(["mean"] if len(names) > 1 else [])]
     return Table(headings, [*rows, ["problems", *(str(summaries[name]["problems"]) for name in names)]])
+
+
+def _estimates(summary: Mapping[str, Any], further_ks: tuple[int, ...]) -> dict[str, Estimate]:
+    told = {key: Estimate(summary[key], *interval) for key, interval in summary["intervals"].items()}
+    k = summary["samples"]
+    passed = {n: [pass_at_k(k, correct, n) for correct in summary["correct"].values()] for n in further_ks}
+    return told | {f"pass_at_{n}": bootstrap(values) for n, values in passed.items()}
 
 
 def _mean_interval(summaries: Summaries) -> str:

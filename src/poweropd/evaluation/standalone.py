@@ -31,6 +31,7 @@ class Settings:
     precision: str = "auto"
     sequences_per_batch: int = 64
     grading: GradingMode = "math"
+    further_ks: tuple[int, ...] = ()  # of Pass@k
 
 
 def chosen_sets(
@@ -90,6 +91,12 @@ def evaluate_model(
         raise ConfigError(
             f"temperature 0 is greedy: its {samples} samples of a problem would all be the same; use --samples 1, or a "
             "temperature above 0"
+        )
+    impossible = [k for k in settings.further_ks if k > samples]
+    if impossible:
+        raise ConfigError(
+            f"Pass@{impossible[0]} needs at least {impossible[0]} samples a problem, there are {samples}; use --samples "
+            f"{max(impossible)}"
         )
     device = default_device()
     dtype = resolve_precision(settings.precision, device)
