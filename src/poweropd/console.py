@@ -26,6 +26,7 @@ class ConsoleObserver:
             disable=not self._live,
         )
         self._tasks: dict[str, TaskID] = {}
+        self._told: dict[str, int] = {}  # how far each phase was when its last line was printed
         self._started = time.monotonic()
 
     def __enter__(self) -> "ConsoleObserver":
@@ -60,7 +61,8 @@ class ConsoleObserver:
             if name not in self._tasks:
                 self._tasks[name] = self._progress.add_task(name, total=total, facts=facts)
             self._progress.update(self._tasks[name], completed=done, facts=facts)
-        elif done == total or done % max(1, total // LINES) == 0:
+        elif done == total or done - self._told.get(name, -total) >= total / LINES:
+            self._told[name] = done
             self.console.print(
                 f"{time.monotonic() - self._started:5.0f}s  {name} {done}/{total}  {facts}", markup=False
             )
