@@ -269,6 +269,44 @@ def _check_objective(name: str) -> None:
         raise typer.Exit(1)
 
 
+data_app = typer.Typer(help="Look at training data.", no_args_is_help=True, rich_markup_mode="markdown")
+app.add_typer(data_app, name="data")
+
+
+@data_app.command("check")
+def data_check(
+    train: Annotated[
+        Path, typer.Argument(help="Training problems, .jsonl or .parquet; or a recipe: its data and evaluation.data.")
+    ],
+    against: Annotated[
+        list[Path] | None, typer.Option(help="Benchmark problems, .jsonl or .parquet; repeatable.")
+    ] = None,
+    benchmark: Annotated[list[str] | None, typer.Option(help="A benchmark by name, as math500; repeatable.")] = None,
+    prompt: Annotated[str, typer.Option(help="TRAIN's column with the question; a recipe names its own.")] = "problem",
+    against_prompt: Annotated[str, typer.Option(help="Column with the question in --against.")] = "problem",
+    out: Annotated[Path | None, typer.Option(help="Write every pair with its texts here, as JSONL.")] = None,
+    clean: Annotated[
+        Path | None, typer.Option(help="Write the rows of TRAIN that do not overlap here, unchanged.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Training problems that are benchmark problems too: equal, or near by shared 8-grams of words.
+
+    Exits 0 where there is no overlap and 1 where there is, so that a script can ask; an error exits 1 too, with `error:`.
+
+    Example: `poweropd data check train.jsonl --benchmark math500 --out overlaps.jsonl --clean clean.jsonl`
+    """
+    with _plain_errors(debug):
+        from poweropd.data_check import check
+
+        found = check(
+            train, console, against=against or (), benchmarks=benchmark or (), prompt=prompt,
+            against_prompt=against_prompt, out=out, clean=clean,
+        )  # fmt: skip
+    if found:
+        raise typer.Exit(1)
+
+
 def _free(path: Path) -> Path:
     """The path, or the first of path-2, path-3, ... that does not exist."""
     candidates = (path.with_name(f"{path.name}-{number}") for number in range(2, 10_000))

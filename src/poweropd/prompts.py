@@ -44,7 +44,7 @@ def load_prompts(
     limit = min(max_prompt_tokens, config.max_prompt_tokens or max_prompt_tokens)
     prompts: list[Prompt] = []
     overlong: list[Prompt] = []
-    for index, row in enumerate(islice(_rows(config, seed, key), config.limit)):
+    for index, row in enumerate(islice(read_rows(config, seed=seed, key=key), config.limit)):
         prompt = _prompt(config, tokenizer, row, index, end_id, key)
         (prompts if len(prompt.prompt_ids) <= limit else overlong).append(prompt)
     if overlong and config.overlong == "error":
@@ -82,17 +82,22 @@ def _prompt(
         id=str(row.get("id", index)),
         prompt_ids=tuple(tokenizer.encode(text, add_special_tokens=not config.chat)),
         text=question,
-        answer=_reference(column(config.answer)) if config.answer else None,
+        answer=reference_answer(column(config.answer)) if config.answer else None,
         golden_ids=golden,
     )
 
 
-def _reference(text: str) -> str:
+def reference_answer(text: str) -> str:
     """The answer itself: GSM8K writes it after `####`, behind the worked solution."""
     return text.rpartition("####")[2].strip()
 
 
-def _rows(config: DataConfig, seed: int, key: str) -> Iterable[dict[str, Any]]:
+def read_rows(config: DataConfig, *, seed: int = 0, key: str = "data") -> Iterable[dict[str, Any]]:
+    """The rows of a data set, as they stand in its source.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     if config.source == "reasoning_gym":
         return _generated_rows(config, seed)
     if config.source == "hub":
