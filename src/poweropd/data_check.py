@@ -1,7 +1,7 @@
 """`poweropd data check`: which training problems are problems of a benchmark too."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -34,12 +34,12 @@ class Finding:
     @property
     def hit(self) -> int:
         """Problems of the benchmark that overlap."""
-        return len({overlap.benchmark.id for overlap in self.overlaps})
+        return len({overlap.benchmark_place for overlap in self.overlaps})
 
     @property
     def rows(self) -> int:
         """Training problems that overlap."""
-        return len({overlap.place for overlap in self.overlaps})
+        return len({overlap.training_place for overlap in self.overlaps})
 
 
 def check(
@@ -67,26 +67,31 @@ def check(
         ConfigError: something cannot be read, there is nothing to compare with, or a file would be written over.
     """
     for path in filter(None, (out, clean)):
-        if path.exists():
-            raise ConfigError(f"{path} is there already, and is never written over; give another name")
+        if not path.parent.is_dir():
+            raise ConfigError(f"cannot write {path}: there is no folder {path.parent}")
+        if path.exists() or out == clean:
+            raise ConfigError(f"{path} is there already or named twice, and is never written over; give another name")
     recipe = load_recipe(train) if train.suffix in RECIPES else None
     if recipe is not None and clean is not None:
         raise ConfigError(f"--clean copies rows of one file, and {train} is a recipe; give its data file in its place")
-    sets = {str(path): read_problems(_file(path, against_prompt), key="--against") for path in against}
+    sets: dict[str, list[Problem]] = {}
+    for path in against:
+        name = str(path) if path.stem in sets else path.stem
+        sets[name] = read_problems(_file(path, against_prompt), key="--against")
     sets |= {name: _benchmark(name) for name in benchmarks}
     if recipe is not None and recipe.evaluation.data is not None:
         sets["evaluation.data"] = read_problems(recipe.evaluation.data, recipe.train.seed, "evaluation.data")
     if not sets:
         raise ConfigError("nothing to compare with: give --against FILE or --benchmark NAME, for example math500")
     training = _of_recipe(recipe) if recipe else read_problems(_file(train, prompt), key="train")
-    findings = [Finding(name, len(problems), overlaps(training, problems)) for name, problems in sets.items()]
+    findings = _compare(training, sets)
     _show(findings, len(training), console)
     if out is not None:
         lines = (json.dumps(_record(name, pair), ensure_ascii=False) + "\n" for name, pair in _pairs(findings))
         out.write_text("".join(lines), encoding="utf-8")
         console.print(f"pairs    {out}", markup=False)
     if clean is not None:
-        dropped = {overlap.place for finding in findings for overlap in finding.overlaps}
+        dropped = {overlap.training_place for finding in findings for overlap in finding.overlaps}
         (_clean_parquet if train.suffix == ".parquet" else _clean_jsonl)(train, clean, dropped)
         console.print(f"clean    {clean}, {len(training) - len(dropped)} rows", markup=False)
     return any(finding.overlaps for finding in findings)
@@ -127,6 +132,16 @@ def _of_recipe(recipe: Recipe) -> list[Problem]:
     return [problem for key, section in sections for problem in read_problems(section, recipe.train.seed, key)]
 
 
+def _compare(training: Sequence[Problem], sets: Mapping[str, Sequence[Problem]]) -> list[Finding]:
+    """All sets at once: normalising the training problems is most of the work."""
+    set_of = [name for name, problems in sets.items() for _ in problems]
+    pairs = overlaps(training, [problem for problems in sets.values() for problem in problems])
+    return [
+        Finding(name, len(problems), [pair for pair in pairs if set_of[pair.benchmark_place] == name])
+        for name, problems in sets.items()
+    ]
+
+
 def _pairs(findings: Sequence[Finding]) -> list[tuple[str, Overlap]]:
     """All pairs, the surest first."""
     pairs = [(finding.benchmark, overlap) for finding in findings for overlap in finding.overlaps]
@@ -143,9 +158,10 @@ def _show(findings: Sequence[Finding], rows: int, console: Console) -> None:
     console.print(table)
     pairs = _pairs(findings)
     answers = {True: "same answer", False: "other answer", None: "answer not known"}
+    verbs = {"exact": "is", "near": "is like"}
     for name, pair in pairs[:SHOWN]:
         shares = f"{pair.of_benchmark:.2f} of it, {pair.of_training:.2f} of the training problem"
-        line = f"{pair.kind:<5}  {pair.training.id}  is  {pair.benchmark.id} of {name}: {shares}, {answers[pair.same_answer]}"
+        line = f"{pair.kind:<5}  {pair.training.id}  {verbs[pair.kind]}  {pair.benchmark.id} of {name}: {shares}, {answers[pair.same_answer]}"
         console.print(line, markup=False)
     if len(pairs) > SHOWN:
         console.print(f"the first {SHOWN} of {len(pairs)} pairs; --out FILE has all, with their texts", markup=False)

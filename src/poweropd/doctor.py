@@ -1,6 +1,6 @@
 """Every start-up check of a recipe, without training: what fits, what does not, what to know."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,10 +10,11 @@ from poweropd.assembly import Parts, assemble
 from poweropd.config import Recipe, label
 from poweropd.diagnostics import sampler_gap
 from poweropd.guards import MISMATCH_ALARM
+from poweropd.overlap import Problem, overlaps
 from poweropd.pair import head_rows
 from poweropd.rollout.engine import Sampling
 from poweropd.teacher.scorer import judge
-from poweropd.types import Rollout
+from poweropd.types import Prompt, Rollout
 from poweropd.update import accumulate_gradient
 
 GIB = 2**30
@@ -38,7 +39,7 @@ def examine(recipe: Recipe) -> Iterator[Check]:
     """
     parts = assemble(recipe)
     checks: list[Callable[[Recipe, Parts], Check]] = [
-        _vocabulary, _end_tokens, _chat_template, _data, _context, _memory,
+        _vocabulary, _end_tokens, _chat_template, _data, _overlap, _context, _memory,
     ]  # fmt: skip
     for check in checks:
         yield check(recipe, parts)
@@ -84,6 +85,25 @@ def _data(recipe: Recipe, parts: Parts) -> Check:
     epochs = recipe.train.steps * recipe.train.prompts_per_step / len(parts.stream)
     held_out = "no evaluation" if parts.problems is None else f"{len(parts.problems.prompts)} problems to evaluate"
     return Check("data", "ok", f"{len(parts.stream)} prompts, {epochs:.2g} epochs; {held_out}")
+
+
+def _overlap(recipe: Recipe, parts: Parts) -> Check:
+    name = "data overlap"
+    if parts.problems is None:
+        return Check(name, "ok", "not looked for: the recipe has no evaluation.data")
+    pairs = overlaps(_as_problems(parts.stream.prompts), _as_problems(parts.problems.prompts))
+    exact, near = (len({pair.benchmark_place for pair in pairs if pair.kind == kind}) for kind in ("exact", "near"))
+    of = f"of {len(parts.problems.prompts)} problems to evaluate"
+    if recipe.evaluation.data is not None and recipe.evaluation.data.source == "reasoning_gym":
+        # all problems of a generator are near each other, and are meant to be
+        return Check(name, "warn" if exact else "ok", f"{exact} {of} are in the training data, in the same words")
+    advice = "; `poweropd data check` lists them, and writes the data without them"
+    found = f"{exact} {of} are in the training data, {near} nearly so"
+    return Check(name, "warn" if pairs else "ok", f"{found}{advice if pairs else ''}")
+
+
+def _as_problems(prompts: Sequence[Prompt]) -> list[Problem]:
+    return [Problem(prompt.id, prompt.text, prompt.answer) for prompt in prompts]
 
 
 def _context(recipe: Recipe, parts: Parts) -> Check:

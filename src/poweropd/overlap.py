@@ -105,13 +105,14 @@ class Overlap:
     """A training problem and a benchmark problem that are one, or nearly.
 
     Attributes:
-        place: of the training problem in its set, from 0.
+        training_place, benchmark_place: where the two stand in their sets, from 0.
         of_benchmark: share of the benchmark problem's n-grams that the training problem has too; 1 for equal texts.
         of_training: share of the training problem's n-grams that the benchmark problem has too; 1 for equal texts.
         same_answer: None: at least one is not known.
     """
 
-    place: int
+    training_place: int
+    benchmark_place: int
     training: Problem
     benchmark: Problem
     kind: Literal["exact", "near"]
@@ -150,7 +151,7 @@ def overlaps(training: Sequence[Problem], benchmark: Sequence[Problem]) -> list[
             asked = benchmark[other]
             same = None if None in (problem.answer, asked.answer) else _same(str(problem.answer), str(asked.answer))
             kind: Literal["exact", "near"] = "exact" if other in exact else "near"
-            pairs.append(Overlap(place, problem, asked, kind, of_benchmark, of_training, same))
+            pairs.append(Overlap(place, other, problem, asked, kind, of_benchmark, of_training, same))
     return pairs
 
 
