@@ -31,6 +31,7 @@ from poweropd.rollout.golden import GoldenEngine
 from poweropd.rollout.sources import off_policy_notes
 from poweropd.runlog import CHECKPOINTS, RECIPE, STUDENT, SUMMARY, RunDirectory
 from poweropd.teacher.scorer import judge
+from poweropd.trackers import Trackers, require
 from poweropd.types import Prompt, ScoredRollout
 from poweropd.update import GradientResult, accumulate_gradient
 
@@ -60,7 +61,11 @@ def train(
         UserError: what is wrong, in one line; nothing of the run is lost.
         KeyboardInterrupt: the user stopped it; it can be resumed.
     """
-    with RunDirectory.open(out) if resume else RunDirectory.create(out, recipe.to_yaml()) as run:
+    require(recipe.log.trackers)
+    with (
+        RunDirectory.open(out) if resume else RunDirectory.create(out, recipe.to_yaml()) as run,
+        Trackers(recipe, run, observer, resume=resume) as trackers,
+    ):
         if (out / SUMMARY).is_file() and checkpoint.newest_step(out / CHECKPOINTS) == recipe.train.steps:
             observer.say(f"{out} is finished, all {recipe.train.steps} steps; nothing to resume")
             return
@@ -69,7 +74,7 @@ def train(
             for place in (*map(_place, recipe.judges), UNTRAINED):
                 shutil.copytree(known_evaluations / place, out / "eval" / place)
         try:
-            _Training(recipe, run, observer).run()
+            _Training(recipe, run, observer, trackers).run()
         except KeyboardInterrupt:
             run.set_status("interrupted")
             raise
@@ -104,10 +109,11 @@ def recipe_to_resume(out: Path, overrides: list[str] | None = None) -> Recipe:
 class _Training:
     """One run, from its parts to its finished student."""
 
-    def __init__(self, recipe: Recipe, run: RunDirectory, observer: Observer) -> None:
+    def __init__(self, recipe: Recipe, run: RunDirectory, observer: Observer, trackers: Trackers) -> None:
         self._recipe = recipe
         self._run = run
         self._observer = observer
+        self._trackers = trackers
         if recipe.train.threads is not None:
             torch.set_num_threads(recipe.train.threads)
         self._parts = assemble(recipe)
@@ -128,6 +134,7 @@ class _Training:
         for note in off_policy_notes(recipe.rollout, parts.objective):
             self._observer.say(note)
         start = self._restore()
+        self._trackers.start(start)
         evaluations: dict[str, dict[str, Any]] = {}
         if parts.problems:
             if recipe.evaluation.teacher:
@@ -173,6 +180,7 @@ class _Training:
                 metrics["repetition"] = repetition(rollouts, parts.pair.tokenizer, parts.sampling.max_new_tokens)
                 metrics |= {"grad_norm": update.grad_norm, "lr": update.lr, **clock.metrics(result.num_loss_tokens)}
                 self._run.append("metrics", {"step": step, **metrics})
+                self._trackers.log(done, metrics)
                 if step == 0 and (warning := guards.mismatch_warning(metrics)):
                     self._observer.warn(warning)
                 if step % self._recipe.log.rollouts_every == 0 or done == config.steps:
@@ -232,6 +240,7 @@ class _Training:
         folder = self._run.path / "eval" / place
         known = load_summary(folder, problems.name)
         if known is not None:
+            self._trackers.log_evaluation(place, problems.name, known, known=True)
             return known
         with Grader(mode=self._recipe.evaluation.grading) as grader:
             evaluation = evaluate(
@@ -244,6 +253,7 @@ class _Training:
                 on_progress=lambda done, total: self._observer.on_evaluation(name, done, total),
             )
         evaluation.save(folder, problems.name)
+        self._trackers.log_evaluation(place, problems.name, evaluation.summary, known=False)
         return evaluation.summary
 
     def _seconds(self) -> float:
