@@ -53,15 +53,14 @@ class TensorBoard:
 
         folder = run.path / "tensorboard"
         self.address = f"tensorboard --logdir {folder}"
-        self._writer = SummaryWriter(
-            str(folder), purge_step=None if resumed_at is None else resumed_at + 1, flush_secs=10
-        )
+        self._writer = SummaryWriter(str(folder), purge_step=None if resumed_at is None else resumed_at + 1)
         if resumed_at is None:
             self._writer.add_text("recipe", "".join(f"    {line}\n" for line in recipe.to_yaml().splitlines()), 0)
 
     def log(self, step: int, metrics: Metrics) -> None:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
+        self._writer.flush()
 
     def finish(self, status: Status) -> None:
         self._writer.close()
@@ -125,7 +124,7 @@ TRACKERS: dict[str, Callable[[Recipe, RunDirectory, int | None], Tracker]] = {
 }
 ADVICE = {
     "tensorboard": "leave it out of log.trackers",
-    "wandb": "`wandb login`, or set WANDB_MODE=offline, or leave it out of log.trackers",
+    "wandb": "use `wandb login`, set WANDB_MODE=offline, or leave it out of log.trackers",
     "trackio": "leave it out of log.trackers",
 }
 
@@ -209,7 +208,7 @@ class Trackers:
             try:
                 tracker = TRACKERS[name](self._recipe, self._run, self._resumed_at)
             except Exception as error:  # each has errors of its own
-                problem = " ".join(str(error).split())
+                problem = " ".join(str(error).split()).rstrip(".")
                 raise ConfigError(f"log.trackers: {name} cannot start: {problem}; {ADVICE[name]}") from error
             self._open.append(Guarded(name, tracker, self._watcher.warn))
             self._watcher.say(f"{name}: {tracker.address}")
