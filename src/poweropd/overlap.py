@@ -21,35 +21,11 @@ _SIGNS = str.maketrans(
      "π": r"\pi ", "√": r"\sqrt ", "∞": r"\infty ", "°": r"^\circ ", "²": "^2 ", "³": "^3 ", "~": " "}
 )  # fmt: skip
 _SAME = {"dfrac": "frac", "tfrac": "frac", "leq": "le", "geq": "ge", "neq": "ne", "leqslant": "le", "geqslant": "ge"}
-_LOOKS = frozenset(
-    [
-        "left",
-        "right",
-        "big",
-        "bigl",
-        "bigr",
-        "bigg",
-        "biggl",
-        "biggr",
-        "displaystyle",
-        "textstyle",
-        "limits",
-        "nolimits",
-        "quad",
-        "qquad",
-        "text",
-        "textbf",
-        "textit",
-        "textrm",
-        "emph",
-        "mbox",
-        "mathrm",
-        "mathbf",
-        "mathit",
-        "boldsymbol",
-        "operatorname",
-    ]
-)
+_LOOKS = {
+    "left", "right", "big", "bigl", "bigr", "bigg", "biggl", "biggr", "displaystyle", "textstyle", "limits", "nolimits",
+    "quad", "qquad", "text", "textbf", "textit", "textrm", "emph", "mbox", "mathrm", "mathbf", "mathit", "boldsymbol",
+    "operatorname",
+}  # fmt: skip
 _WRITTEN_OUT = re.compile(r"\\[dt]?frac\s*(\d)\s*(\d)(?!\d)")  # \frac12
 _WORD = re.compile(
     r"\\(?P<command>[^\W\d_]+)|(?P<text>[^\W\d_]+|\d+(?:\.\d+)?)"
