@@ -250,6 +250,15 @@ def test_the_command_lists_writes_and_cleans(train: Path, benchmark: Path, tmp_p
     assert clean.read_bytes().split(b"\n") == [original[place] for place in (1, 3, 5)]
 
 
+def test_files_of_one_name_are_two_benchmarks(train: Path, benchmark: Path, tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    other = write(tmp_path / "more" / "bench.jsonl", [{"problem": LATEX, "answer": ["7", 8]}])
+    code, output = invoke("data", "check", train, "--against", benchmark, "--against", other)
+    assert code == 1, output
+    assert f"e  is  0 of {other}: " in output
+    assert "a  is  0 of bench: " in output
+
+
 def test_parquet(benchmark: Path, tmp_path: Path) -> None:
     rows = [{"question": AYA, "kept": 1}, {"question": LATEX, "kept": 2}, {"question": BAG, "kept": 3}]
     train, clean = tmp_path / "train.parquet", tmp_path / "clean.parquet"

@@ -74,11 +74,10 @@ def check(
     recipe = load_recipe(train) if train.suffix in RECIPES else None
     if recipe is not None and clean is not None:
         raise ConfigError(f"--clean copies rows of one file, and {train} is a recipe; give its data file in its place")
-    sets: dict[str, list[Problem]] = {}
+    sets = {name: _benchmark(name) for name in benchmarks}
     for path in against:
         name = str(path) if path.stem in sets else path.stem
         sets[name] = read_problems(_file(path, against_prompt), key="--against")
-    sets |= {name: _benchmark(name) for name in benchmarks}
     if recipe is not None and recipe.evaluation.data is not None:
         sets["evaluation.data"] = read_problems(recipe.evaluation.data, recipe.train.seed, "evaluation.data")
     if not sets:
@@ -110,7 +109,7 @@ def read_problems(config: DataConfig, seed: int = 0, key: str = "data") -> list[
                 f"{key}: row {place} of {config.path} has no column {config.prompt!r}; it has {', '.join(map(repr, row))}"
             )
         answer = row.get(config.answer) if config.answer else None
-        known = None if answer is None else reference_answer(str(answer))
+        known = None if answer is None else reference_answer(answer)
         problems.append(Problem(str(row.get("id", place)), str(row[config.prompt]), known))
     if not problems:
         raise ConfigError(f"{key}: no problems in {config.path}")

@@ -87,8 +87,9 @@ def _prompt(
     )
 
 
-def reference_answer(text: str) -> str:
-    """The answer itself: GSM8K writes it after `####`, behind the worked solution."""
+def reference_answer(value: Any) -> str:
+    """The answer itself: GSM8K writes it after `####`, behind the worked solution; OlympiadBench has lists of answers."""
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     return text.rpartition("####")[2].strip()
 
 
