@@ -25,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+OVERLAP_FOUND = 3  # exit code of `data check`, apart from that of errors
 console = Console(highlight=False, soft_wrap=True)
 
 Out = Annotated[Path, typer.Option(help="Directory to write; never written over.")]
@@ -189,10 +190,9 @@ def evaluate(
         from poweropd.evaluation.record import read_summaries
         from poweropd.evaluation.standalone import Settings, chosen_sets, evaluate_model
 
-        names = [name.strip() for each in benchmark or [] for name in each.split(",") if name.strip()]
         asked = {"template": template, "system": system, "chat": chat, "enable_thinking": thinking, "limit": limit}
         columns = {"prompt": prompt, "answer": answer}
-        sets = chosen_sets(names, data or [], benchmarks_folder, preset, columns, asked)
+        sets = chosen_sets(_names(benchmark), data or [], benchmarks_folder, preset, columns, asked)
         other = None if against is None else read_summaries(against)
         out = out or Path("evals") / Path(model.rstrip("/").replace(":", "-")).name
         ks = tuple(k or [])
@@ -308,6 +308,54 @@ def _check_objective(name: str) -> None:
         console.print(f": {remark}" if remark else "", markup=False)
     if not all(finding.holds for finding in findings):
         raise typer.Exit(1)
+
+
+data_app = typer.Typer(help="Look at training data.", no_args_is_help=True, rich_markup_mode="markdown")
+app.add_typer(data_app, name="data")
+
+
+@data_app.command("check")
+def data_check(
+    train: Annotated[
+        Path, typer.Argument(help="Training problems, .jsonl or .parquet; or a recipe: its data and evaluation.")
+    ],
+    against: Annotated[
+        list[Path] | None, typer.Option(help="Benchmark problems, .jsonl or .parquet; repeatable.")
+    ] = None,
+    benchmark: Annotated[
+        list[str] | None, typer.Option(help="Benchmarks by name, as math500; several by comma.")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Benchmarks as <name>.jsonl; those that are not there come from the Hub.")
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="TRAIN's column with the question; a recipe names its own.")] = "problem",
+    against_prompt: Annotated[str, typer.Option(help="Column with the question in --against.")] = "problem",
+    out: Annotated[Path | None, typer.Option(help="Write every pair with its texts here, as JSONL.")] = None,
+    clean: Annotated[
+        Path | None, typer.Option(help="Write the rows of TRAIN that do not overlap here, unchanged.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Training problems that are benchmark problems too: equal, or near by shared 8-grams of words.
+
+    Exits 0 where there is no overlap and 3 where there is, so that a script can ask; 1 is an error.
+
+    Example: `poweropd data check train.jsonl --benchmark math500 --out overlaps.jsonl --clean clean.jsonl`
+    """
+    with _plain_errors(debug):
+        from poweropd.data_check import check
+
+        found = check(
+            train, console, against=against or (), benchmarks=_names(benchmark), folder=folder, prompt=prompt,
+            against_prompt=against_prompt, out=out, clean=clean,
+        )  # fmt: skip
+    if found:
+        raise typer.Exit(OVERLAP_FOUND)
+
+
+def _names(options: list[str] | None) -> list[str]:
+    """`["a,b", "c"]` as `["a", "b", "c"]`."""
+    return [name.strip() for option in options or [] for name in option.split(",") if name.strip()]
 
 
 def _free(path: Path) -> Path:

@@ -1,6 +1,6 @@
 """Every start-up check of a recipe, without training: what fits, what does not, what to know."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,10 +10,11 @@ from poweropd.assembly import Parts, assemble
 from poweropd.config import Recipe, label
 from poweropd.diagnostics import sampler_gap
 from poweropd.guards import MISMATCH_ALARM
+from poweropd.overlap import Problem, overlaps
 from poweropd.pair import head_rows
 from poweropd.rollout.engine import Sampling
 from poweropd.teacher.scorer import judge
-from poweropd.types import Rollout
+from poweropd.types import Prompt, Rollout
 from poweropd.update import accumulate_gradient
 
 GIB = 2**30
@@ -38,7 +39,7 @@ def examine(recipe: Recipe) -> Iterator[Check]:
     """
     parts = assemble(recipe)
     checks: list[Callable[[Recipe, Parts], Check]] = [
-        _vocabulary, _end_tokens, _chat_template, _data, _context, _memory,
+        _vocabulary, _end_tokens, _chat_template, _data, _overlap, _context, _memory,
     ]  # fmt: skip
     for check in checks:
         yield check(recipe, parts)
@@ -85,6 +86,29 @@ def _data(recipe: Recipe, parts: Parts) -> Check:
     asked = ", ".join(f"{len(problems.prompts)} of {problems.title}" for problems in parts.problems)
     held_out = f"problems to evaluate: {asked}" if asked else "no evaluation"
     return Check("data", "ok", f"{len(parts.stream)} prompts, {epochs:.2g} epochs; {held_out}")
+
+
+def _overlap(recipe: Recipe, parts: Parts) -> Check:
+    name = "data overlap"
+    if not parts.problems:
+        return Check(name, "ok", "not looked for: the recipe has no evaluation")
+    training = _as_problems(parts.stream.prompts)
+    asked = recipe.evaluation.data
+    # All problems of a generator are near each other, and are meant to be.
+    generated = asked.split if asked is not None and asked.source == "reasoning_gym" else None
+    told, found = [], False
+    for problems in parts.problems:
+        pairs = overlaps(training, _as_problems(problems.prompts))
+        exact, near = (len({pair.benchmark_place for pair in pairs if pair.kind == kind}) for kind in ("exact", "near"))
+        counts = f"{exact} of {len(problems.prompts)} of {problems.title} are in the training data in the same words"
+        told.append(counts if problems.name == generated else f"{counts}, {near} nearly so")
+        found |= bool(exact or (near and problems.name != generated))
+    advice = ". `poweropd data check` lists them, and writes the data without them" if found else ""
+    return Check(name, "warn" if found else "ok", f"{'; '.join(told)}{advice}")
+
+
+def _as_problems(prompts: Sequence[Prompt]) -> list[Problem]:
+    return [Problem(prompt.id, prompt.text, prompt.answer) for prompt in prompts]
 
 
 def _context(recipe: Recipe, parts: Parts) -> Check:

@@ -197,6 +197,11 @@ class PromptStream:
         return len(self._prompts)
 
     @property
+    def prompts(self) -> Sequence[Prompt]:
+        """Every prompt, as the data set has them."""
+        return self._prompts
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest prompt."""
         return max(len(prompt.prompt_ids) for prompt in self._prompts)

@@ -267,3 +267,7 @@ class LogConfig(Section):
     """Steps between entries of rollouts.jsonl and positions.jsonl."""
     rollouts: NonNegative = 4
     """Rollouts written each time."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Where metrics and evaluations go too; each is a package to install. A run is called as its directory."""
+    project: str = "poweropd"
+    """Project of Weights & Biases and trackio."""

@@ -32,6 +32,7 @@ from poweropd.rollout.golden import GoldenEngine
 from poweropd.rollout.sources import off_policy_notes
 from poweropd.runlog import CHECKPOINTS, RECIPE, STUDENT, SUMMARY, RunDirectory
 from poweropd.teacher.scorer import judge
+from poweropd.trackers import Trackers, require
 from poweropd.types import Prompt, ScoredRollout
 from poweropd.update import GradientResult, accumulate_gradient
 
@@ -61,13 +62,17 @@ def train(recipe: Recipe, out: Path, observer: Observer, *, resume: bool = False
         UserError: what is wrong, in one line; nothing of the run is lost.
         KeyboardInterrupt: the user stopped it; it can be resumed.
     """
-    with RunDirectory.open(out) if resume else RunDirectory.create(out, recipe.to_yaml()) as run:
+    require(recipe.log.trackers)
+    with (
+        RunDirectory.open(out) if resume else RunDirectory.create(out, recipe.to_yaml()) as run,
+        Trackers(recipe, run, observer, resume=resume) as trackers,
+    ):
         if (out / SUMMARY).is_file() and checkpoint.newest_step(out / CHECKPOINTS) == recipe.train.steps:
             observer.say(f"{out} is finished, all {recipe.train.steps} steps; nothing to resume")
             return
         run.set_status("running")
         try:
-            _Training(recipe, run, observer).run()
+            _Training(recipe, run, observer, trackers).run()
         except KeyboardInterrupt:
             run.set_status("interrupted")
             raise
@@ -102,10 +107,11 @@ def recipe_to_resume(out: Path, overrides: list[str] | None = None) -> Recipe:
 class _Training:
     """One run, from its parts to its finished student."""
 
-    def __init__(self, recipe: Recipe, run: RunDirectory, observer: Observer) -> None:
+    def __init__(self, recipe: Recipe, run: RunDirectory, observer: Observer, trackers: Trackers) -> None:
         self._recipe = recipe
         self._run = run
         self._observer = observer
+        self._trackers = trackers
         if recipe.train.threads is not None:
             torch.set_num_threads(recipe.train.threads)
         self._parts = assemble(recipe)
@@ -125,6 +131,7 @@ class _Training:
         self._observer.say(f"{parts.objective}: {recipe.train.steps} steps of {recipe.train.prompts_per_step} prompts")
         for note in off_policy_notes(recipe.rollout, parts.objective):
             self._observer.say(note)
+        self._trackers.start(checkpoint.newest_step(self._run.path / CHECKPOINTS) or 0)
         evaluations: dict[str, Summaries] = {}
         if parts.problems:
             if recipe.evaluation.teacher:
@@ -171,6 +178,7 @@ class _Training:
                 metrics["repetition"] = repetition(rollouts, parts.pair.tokenizer, parts.sampling.max_new_tokens)
                 metrics |= {"grad_norm": update.grad_norm, "lr": update.lr, **clock.metrics(result.num_loss_tokens)}
                 self._run.append("metrics", {"step": step, **metrics})
+                self._trackers.log(done, metrics)
                 if step == 0 and (warning := guards.mismatch_warning(metrics)):
                     self._observer.warn(warning)
                 if step % self._recipe.log.rollouts_every == 0 or done == config.steps:
@@ -247,6 +255,7 @@ class _Training:
                     replace_other=True,  # a checkpoint was gone back to, and the steps since were taken otherwise
                     on_progress=partial(self._observer.on_evaluation, title),
                 )
+                self._trackers.log_evaluation(place, problems.name, summaries[problems.name])
         return summaries
 
     def _seconds(self) -> float:
