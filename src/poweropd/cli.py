@@ -93,7 +93,8 @@ def _train(recipe: Any, out: Path, sets: list[str] | None) -> None:
     """Start `recipe`, or resume the run in `out` when it is None; then write the report."""
     from poweropd.console import ConsoleObserver
     from poweropd.report.html import write_report
-    from poweropd.report.runs import headline, read_run
+    from poweropd.report.runs import read_run
+    from poweropd.report.verdict import headline
     from poweropd.train import recipe_to_resume
     from poweropd.train import train as run_training
 

@@ -7,7 +7,11 @@ import plotly.graph_objects as go
 import plotly.io
 import yaml
 
-from poweropd.report.runs import Figure, Record, RunData, Series, comparison, figures, headline, results_table
+from poweropd.report.figure import Figure, Line
+from poweropd.report.figures import figures
+from poweropd.report.runs import Record, RunData
+from poweropd.report.tables import Table, tables
+from poweropd.report.verdict import verdict
 
 # Okabe and Ito's colours, told apart by people with any colour vision, in light and dark.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8a6d3b", "#7fd35f", "#9467bd", "#bcbd22"]
@@ -55,10 +59,10 @@ def write_report(runs: list[RunData], path: Path) -> None:
 
 
 def _page(runs: list[RunData]) -> str:
-    drawn = figures(runs)
+    drawn = [figure for section in figures(runs) for figure in section.figures]
     plots = "\n".join(_figure(figure, first=index == 0) for index, figure in enumerate(drawn))
     title = f"{runs[0].objective}: {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs compared"
-    answer = headline(runs[0]) if len(runs) == 1 else comparison(runs)
+    answer = " ".join(verdict(runs))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title><style>{STYLE}</style></head><body>
@@ -68,10 +72,7 @@ def _page(runs: list[RunData]) -> str:
 {"".join(_follows(run, named=len(runs) > 1) for run in runs)}
 <p class="soft">{escape(_provenance(runs[0]))}</p>
 {_notes(runs)}
-<h2>Results</h2>
-{_table(*results_table(runs))}
-<p class="soft">In brackets: the 95 % bootstrap interval over problems. Cut: answers that reached
-the budget of tokens.</p>
+{"".join(_table(table) for table in tables(runs))}
 <h2>Curves</h2>
 <div class="figures">{plots}</div>
 {_rollouts(runs[0]) if len(runs) == 1 else ""}
@@ -95,7 +96,7 @@ def _provenance(run: RunData) -> str:
     versions = run.manifest.get("versions", {})
     parts = [
         run.models,
-        f"seed {run.recipe['train']['seed']}",
+        f"seed {run.section('train').get('seed', '?')}",
         str(run.manifest.get("started", "")),
         f"{machine.get('gpu') or machine.get('processor', '')}, {machine.get('cores', '?')} cores",
         ", ".join(f"{name} {number}" for name, number in versions.items()),
@@ -116,20 +117,27 @@ def _notes(runs: list[RunData]) -> str:
     return "".join(f'<p class="soft">{escape(note)}</p>' for note in notes)
 
 
-def _table(headings: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in headings)
+def _table(table: Table) -> str:
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.headings)
     body = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"
-        for row in rows
+        for row in table.rows
     )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return (
+        f'<h2>{escape(table.title)}</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f'<tbody>{body}</tbody></table></div><p class="soft">{escape(table.note)}</p>'
+    )
 
 
 def _figure(figure: Figure, *, first: bool) -> str:
     plot = go.Figure()
-    for series in figure.series:
-        for trace in _traces(series):
+    for line in figure.lines:
+        for trace in _traces(line):
             plot.add_trace(trace)
+    for bars in figure.bars:
+        plot.add_trace(go.Bar(x=bars.edges[:-1], y=bars.heights, name=bars.name))
+    if figure.plane is not None:
+        plot.add_trace(go.Heatmap(x=figure.plane.x_edges, y=figure.plane.y_edges, z=figure.plane.values))
     plot.update_layout(
         margin={"l": 60, "r": 10, "t": 10, "b": 45},
         height=320,
@@ -139,7 +147,7 @@ def _figure(figure: Figure, *, first: bool) -> str:
         legend={"orientation": "h", "y": -0.25},
         xaxis={"title": figure.x_label, "type": "log" if figure.log_x else "linear"},
         yaxis={"title": figure.y_label, "type": "log" if figure.log_y else "linear"},
-        showlegend=len(figure.series) > 1,
+        showlegend=len(figure.lines) > 1,
     )
     drawing = plotly.io.to_html(
         plot,
@@ -151,7 +159,7 @@ def _figure(figure: Figure, *, first: bool) -> str:
     return f'<figure aria-label="{escape(figure.title)}"><h3>{escape(figure.title)}</h3>{drawing}{caption}</figure>'
 
 
-def _traces(series: Series) -> list[go.Scatter]:
+def _traces(series: Line) -> list[go.Scatter]:
     colour = TEACHER_COLOUR if series.run < 0 else COLOURS[series.run % len(COLOURS)]
     line = go.Scatter(
         x=series.x,

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from poweropd.report.figure import Figure
 from poweropd.report.html import COLOURS, TEACHER_COLOUR
-from poweropd.report.runs import Figure
 
 
 def save_figures(figures: list[Figure], path: Path, *, columns: int = 2) -> None:
@@ -18,7 +18,7 @@ def save_figures(figures: list[Figure], path: Path, *, columns: int = 2) -> None
         rows, columns, figsize=(6.2 * columns, 3.4 * rows + 0.6), squeeze=False, layout="constrained"
     )
     for figure, axis in zip(figures, axes.flat, strict=False):
-        for series in figure.series:
+        for series in figure.lines:
             colour = TEACHER_COLOUR if series.run < 0 else COLOURS[series.run % len(COLOURS)]
             style = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}[series.style]
             axis.plot(series.x, series.y, style, color=colour, label=series.name, linewidth=1.8)
