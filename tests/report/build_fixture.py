@@ -20,6 +20,7 @@ BENCHMARKS = {"gsm8k": ("GSM8K", 60), "math500": ("MATH-500", 40)}
 LEVELS = {"teacher": 1.6, "000000": -0.6, "000030": 0.2, "000060": 0.5}  # shifts of log-odds
 IN_LOOP = "000030"  # asks the first half of the problems
 QUANTILES = {"p1": 0.01, "p5": 0.05, "p50": 0.5, "p95": 0.95, "p99": 0.99}
+MAGNITUDES = 2.0 ** (np.arange(-40, 25) / 4)  # edges of the histograms
 RECIPE = f"""\
 student: {{model: student-0.6b}}
 teacher: {{model: teacher-4b}}
@@ -134,15 +135,18 @@ def _distributions(step: int, tokens: dict) -> dict[str, Any]:
         cells.setdefault((int(cell[0]), int(cell[1])), []).append(float(value))
     return {
         "step": step, "tokens": len(reward),
-        "reward": _histogram(reward, np.linspace(-1, 1, 41)),
-        "log_ratio": _histogram(log_ratio, np.linspace(-30, 2, 33)),
+        "reward": _histogram(reward), "log_ratio": _histogram(log_ratio),
         "plane": {"edges": edges.tolist(), "cells": [[*c, len(v), sum(v) / len(v)] for c, v in sorted(cells.items())]},
     }  # fmt: skip
 
 
-def _histogram(values: np.ndarray, edges: np.ndarray) -> dict[str, list]:
-    counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
-    return {"edges": edges.tolist(), "counts": counts.tolist()}
+def _histogram(values: np.ndarray) -> dict[str, list]:
+    """Four bins to every doubling of the magnitude, one for all below 2^-10."""
+    edges = np.concatenate([-MAGNITUDES[::-1], MAGNITUDES])
+    counts, _ = np.histogram(values, edges)
+    kept = np.flatnonzero(counts)
+    first, last = int(kept[0]), int(kept[-1])
+    return {"edges": edges[first : last + 2].tolist(), "counts": counts[first : last + 1].tolist()}
 
 
 def _rollouts(step: int, tokens: dict) -> Iterable[dict[str, Any]]:

@@ -53,7 +53,7 @@ def test_the_committed_run_is_healthy() -> None:
 def test_a_real_run_is_healthy(tmp_path: Path) -> None:
     settings = [
         "train.steps=12", "train.prompts_per_step=12", "data.limit=144", "evaluation.data.limit=16",
-        "evaluation.samples=2", "evaluation.every=0",
+        "evaluation.samples=2", "evaluation.every=0", "sampling.max_new_tokens=96",
     ]  # fmt: skip
     sets = [part for setting in settings for part in ("--set", setting)]
     out = tmp_path / "run"

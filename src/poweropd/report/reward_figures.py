@@ -3,6 +3,8 @@
 The paper's Fig. 2a to 2c and 5.
 """
 
+from itertools import pairwise
+
 from poweropd.report.curves import FEW, over_steps
 from poweropd.report.figure import TEACHER, Bars, Figure, Line, Plane
 from poweropd.report.runs import Record, RunData, is_number
@@ -16,11 +18,12 @@ def reward_figures(runs: list[RunData]) -> list[Figure]:
     reshaped = [run for run in runs if run.signal != "reward" or run.objective_name != "log_ratio"]
     signal = _signal(runs)
     scales = " Between objectives the scales differ." if len({run.objective for run in runs}) > 1 else ""
+    one_sided = " A divergence is never below 0." if "divergence" in signal else ""
     return [
         _histogram(
             runs, "reward-distribution", f"Distribution of the {signal}", signal, None,
-            "Share of the tokens in each bin, at the last step that was logged; the axis is logarithmic so that rare tokens "
-            f"show. Healthy: both sides end at similar distances; a long left tail lets a few tokens decide.{scales}",
+            "Share of the tokens per unit, at the last step that was logged; the axis is logarithmic so that rare tokens show. "
+            f"Healthy: both sides end at similar distances; a long left tail lets a few tokens decide.{one_sided}{scales}",
         ),
         _histogram(
             runs if reshaped else [], "log-ratio-distribution", "Distribution of the log-ratio", "nats", "log_ratio",
@@ -59,8 +62,10 @@ def _histogram(runs: list[RunData], key: str, title: str, label: str, name: str 
         found = _last_histogram(run, name or run.signal)
         if found is not None:
             edges, counts = found
-            bars.append(Bars(run.name, edges, [count / sum(counts) for count in counts], run=index))
-    return Figure(key, title, label, "share of tokens", bars=bars, caption=caption, log_y=True)
+            widths = (upper - lower for lower, upper in pairwise(edges))
+            density = [count / sum(counts) / width for count, width in zip(counts, widths, strict=True)]
+            bars.append(Bars(run.name, edges, density, run=index))
+    return Figure(key, title, label, "share of tokens per unit", bars=bars, caption=caption, log_y=True)
 
 
 def _last_histogram(run: RunData, name: str) -> tuple[list[float], list[int]] | None:
@@ -78,7 +83,8 @@ def histogram(record: Record, name: str) -> tuple[list[float], list[int]] | None
         return None
     edges, counts = value.get("edges", []), value["counts"]
     whole = len(edges) == len(counts) + 1 and all(map(is_number, [*edges, *counts]))
-    return (edges, counts) if whole and sum(counts) > 0 else None
+    rising = whole and all(lower < upper for lower, upper in pairwise(edges))
+    return (edges, counts) if rising and sum(counts) > 0 else None
 
 
 def _by_position(runs: list[RunData], title: str, label: str, caption: str) -> Figure:
@@ -141,10 +147,11 @@ def _planes(runs: list[RunData]) -> list[Figure]:
     return [
         Figure(
             "reward-plane" if len(runs) == 1 else f"reward-plane-{place + 1}",
-            "The reward over both probabilities" if len(runs) == 1 else f"The reward over both probabilities: {run.name}",
+            f"The {run.signal} over both probabilities{f': {run.name}' if len(runs) > 1 else ''}",
             "probability by the student", "probability by the teacher", plane=plane,
-            caption="Mean reward of the sampled tokens by the probability that each model gives them, at the last step that was "
-            "logged. On the diagonal both agree, and a healthy reward is 0 there; above it the teacher likes the token more.",
+            caption=f"Mean {run.signal} of the sampled tokens by the probability that each model gives them, at the last step "
+            "that was logged. On the diagonal both agree, and what is healthy is near 0 there; above it the teacher likes the "
+            "token more.",
         )
         for place, (run, plane) in enumerate(drawn[:MOST_PLANES])
     ]  # fmt: skip
@@ -152,12 +159,12 @@ def _planes(runs: list[RunData]) -> list[Figure]:
 
 def _plane(run: RunData) -> Plane | None:
     found = [record["plane"] for record in run.distributions if isinstance(record.get("plane"), dict)]
-    if not found or run.signal != "reward" or not found[-1].get("cells"):
-        return None
-    edges, cells = found[-1]["edges"], found[-1]["cells"]
+    edges, cells = (found[-1].get(name) or [] for name in ("edges", "cells")) if found else ([], [])
     size = len(edges) - 1
+    if not cells or not all(max(student, teacher) < size for student, teacher, *_ in cells):
+        return None
     values: list[list[float | None]] = [[None] * size for _ in range(size)]
     counts = [[0] * size for _ in range(size)]
-    for student, teacher, count, reward in cells:
-        values[teacher][student], counts[teacher][student] = reward, count
-    return Plane(edges, edges, values, "mean reward", counts)
+    for student, teacher, count, value in cells:
+        values[teacher][student], counts[teacher][student] = value, count
+    return Plane(edges, edges, values, f"mean {run.signal}", counts, diverging=run.signal == "reward")
