@@ -73,7 +73,7 @@ def test_the_answer_is_the_paired_difference_and_the_share_of_the_gap() -> None:
     assert answer.startswith("The student came closer to the teacher: Avg@4 went from ")
     assert numbers(answer)[:3] == pytest.approx([before, after, middle], abs=6e-4)
     assert answer.endswith(f"over 100 problems; the teacher has {teacher:.3f}, so {closed:.0%} of the gap is closed.")
-    assert f"{gained} problems that it did not solve before, and no longer {lost} that it did" in problems
+    assert problems.startswith(f"It gained {gained} problems and lost {lost}, ")
     assert length.startswith("Its answers are 16% shorter (45 to 38 tokens)")
     assert numbers(headline(read_run(FIXTURE)))[:3] == pytest.approx([before, after, middle], abs=6e-4)
 
@@ -215,7 +215,8 @@ def test_every_figure_says_what_is_healthy_and_has_a_key_of_its_own() -> None:
         "Result", "The reward", "The update", "The cost",
     ]  # fmt: skip
     assert len({figure.key for figure in found}) == len(found) >= 25
-    assert all(re.fullmatch(r"[a-z0-9-]+", figure.key) and figure.caption.endswith(".") for figure in found)
+    assert all(re.fullmatch(r"[a-z0-9-]+", figure.key) for figure in found)
+    assert [figure.key for figure in found if "ealthy" not in figure.caption or figure.caption[-1] != "."] == []
     assert {"mismatch", "staleness"}.isdisjoint(figure.key for figure in found)  # nothing to see
 
 

@@ -72,11 +72,11 @@ def _update(runs: list[RunData]) -> list[Figure]:
         metric(
             runs, "divergence-estimate", "What the reward descends", "divergence", "divergence/estimate",
             caption="The f-divergence of which the sampled reward is the exact gradient, estimated from the student's own "
-            "tokens: the reverse KL for the log-ratio, others for clip and tanh. PowerOPD's is of another kind.",
+            "tokens: the reverse KL for the log-ratio, others for clip and tanh. PowerOPD's is of another kind. Healthy: falling.",
         ),
         metric(
             runs, "reference-kl", "KL to the initial student", "nats per token", "reference_kl/mean",
-            caption="How far the student has gone from where it started.",
+            caption="How far the student has gone from where it started. Healthy: it grows, and levels off.",
         ),
         metric(
             runs, "entropy", "Entropy of the next token", "nats", "entropy/student", "entropy/teacher",
@@ -89,8 +89,8 @@ def _update(runs: list[RunData]) -> list[Figure]:
         ),
         metric(
             runs, "sign-agreement", "Rewards with the sign of the log-ratio", "share of tokens", "reward/sign_agreement",
-            caption="1 for a reward that only reshapes the log-ratio; less where normalisation moves tokens across 0, which "
-            "then pushes them the wrong way.",
+            caption="Healthy: near 1, as of a reward that only reshapes the log-ratio; less where normalisation moves tokens "
+            "across 0, which pushes them the wrong way.",
         ),
         metric(
             runs, "end-token", "Log-ratio of the tokens that end answers", "nats", "end_token/log_ratio",
@@ -121,7 +121,7 @@ def _cost(runs: list[RunData]) -> list[Figure]:
         metric(
             runs, "tokens-per-second", "Tokens per second", "tokens per second",
             "tokens_per_second", "tokens_per_second/rollout", "tokens_per_second/teacher", "tokens_per_second/update", log_y=True,
-            caption="Trained tokens over the time of a whole step, and over that of each phase.",
+            caption="Trained tokens over the time of a whole step, and over that of each phase. Healthy: level.",
         ),
         metric(
             runs, "memory", "Peak memory", "GiB", "memory/peak",

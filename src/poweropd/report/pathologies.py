@@ -119,7 +119,7 @@ def length_inflation(run: RunData) -> Iterable[Pathology]:
             "length inflation", run.name, step,
             f"Answers grew from {start:.0f} to {reached:.0f} tokens{than}.",
             "a KL to the initial student (objective.reference_kl), or a lower optimizer.lr; read the longest rollouts for "
-            "repetition.", "warn",
+            "repetition.", "warn" if teacher else "note",
         )  # fmt: skip
 
 

@@ -27,7 +27,8 @@ def reward_figures(runs: list[RunData]) -> list[Figure]:
         ),
         _histogram(
             runs if reshaped else [], "log-ratio-distribution", "Distribution of the log-ratio", "nats", "log_ratio",
-            "log p(teacher) - log p(student) of the same tokens: the tail that the objective has to cope with.",
+            "log p(teacher) - log p(student) of the same tokens: the tail that the objective has to cope with. Healthy: a "
+            "left tail that shortens as training goes on.",
         ),
         _by_position(
             runs, f"The {signal} by position in the answer", signal,
@@ -44,8 +45,8 @@ def reward_figures(runs: list[RunData]) -> list[Figure]:
         over_steps(
             runs if reshaped else [], "log-ratio-extremes", "Extremes of the log-ratio", "nats",
             lambda _: [(part, f"log_ratio/{part}") for part in EXTREMES],
-            caption="log p(teacher) - log p(student), whatever the objective: the tail before it is shaped. A lowest token tens "
-            "of nats below 0 is usual; what counts is how little of it reaches the reward.",
+            caption="log p(teacher) - log p(student), whatever the objective: the tail before it is shaped. Healthy: the percentiles "
+            "draw together; a lowest token ten and more nats below 0 is usual, and harmless where the reward bounds it.",
         ),
         *_planes(runs),
     ]  # fmt: skip
@@ -150,8 +151,7 @@ def _planes(runs: list[RunData]) -> list[Figure]:
             f"The {run.signal} over both probabilities{f': {run.name}' if len(runs) > 1 else ''}",
             "probability by the student", "probability by the teacher", plane=plane,
             caption=f"Mean {run.signal} of the sampled tokens by the probability that each model gives them, at the last step "
-            "that was logged. On the diagonal both agree, and what is healthy is near 0 there; above it the teacher likes the "
-            "token more.",
+            "that was logged. Healthy: near 0 on the diagonal, where both agree; above it the teacher likes the token more.",
         )
         for place, (run, plane) in enumerate(drawn[:MOST_PLANES])
     ]  # fmt: skip

@@ -52,8 +52,8 @@ def estimate(summary: Record, measure: str) -> Estimate | None:
     key = f"{measure}_at_{summary['samples']}" if measure in AT_K else measure
     if not is_number(summary.get(key)):
         return None
-    bounds = summary.get("intervals", {}).get(key, (nan, nan))
-    return Estimate(float(summary[key]), *(float(bound) for bound in bounds))
+    low, high = (summary.get("intervals") or {}).get(key) or (nan, nan)
+    return Estimate(float(summary[key]), float(low), float(high))
 
 
 def mean(summaries: Summaries, measure: str) -> Estimate | None:

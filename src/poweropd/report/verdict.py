@@ -181,10 +181,8 @@ def _levels(found: Change) -> str:
 def _problems(found: Change) -> str:
     if found.paired is None:
         return ""
-    return (
-        f"It now solves, in at least half of the samples, {found.paired.gained} problems that it did not solve before, "
-        f"and no longer {found.paired.lost} that it did."
-    )
+    gained, lost = found.paired.gained, found.paired.lost
+    return f"It gained {gained} problems and lost {lost}, where solved means in at least half of the samples."
 
 
 def _length(run: RunData) -> str:
@@ -201,7 +199,8 @@ def _length(run: RunData) -> str:
     )
     text = f"Its answers are {how} ({lengths[0].mean:.0f} to {lengths[1].mean:.0f} tokens)"
     if cuts[0] is not None and cuts[1] is not None:
-        text += f"; {cuts[0].mean:.1%} reached the budget of tokens before, {cuts[1].mean:.1%} do now"
+        was, now = (f"{cut.mean:.1%}" for cut in cuts if cut is not None)
+        text += f"; {was} of them reached the budget of tokens before, {now} do now"
     return text + "."
 
 
