@@ -257,6 +257,16 @@ def test_several_runs(tmp_path: Path) -> None:
     assert "reward-plane-5" not in many
 
 
+def test_a_teacher_of_several_runs_is_shown_once_and_another_by_its_run(tmp_path: Path) -> None:
+    paths = [variant(tmp_path / name) for name in ("one", "two", "three")]
+    for path in paths[1:]:
+        shutil.copy(path / "eval/000060/gsm8k.json", path / "eval/teacher/gsm8k.json")
+    runs = [read_run(path) for path in paths]
+    names = [row[0] for row in results_table(runs).rows]
+    assert names == ["teacher", "teacher of two", "student before", "one", "two", "three"]
+    assert [line.name for line in drawn(runs)["accuracy"].lines][3:] == ["teacher", "teacher of two"]
+
+
 def test_equal_runs_have_no_distinguishable_lead(tmp_path: Path) -> None:
     runs = [read_run(variant(tmp_path / name)) for name in ("one", "two")]
     lead, differing = verdict(runs)

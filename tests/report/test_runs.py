@@ -10,7 +10,7 @@ from fixtures import FIXTURE, drawn, edit_summaries, lines, summary, variant, wr
 from poweropd.errors import RunError
 from poweropd.report.pathologies import pathologies
 from poweropd.report.runs import RunData, read_run
-from poweropd.report.tables import tables
+from poweropd.report.tables import results_table, tables
 from poweropd.report.verdict import headline, verdict
 
 
@@ -141,6 +141,9 @@ def test_several_teachers(tmp_path: Path) -> None:
     assert list(run.teachers) == ["teacher base-2", "teacher math"]
     assert "teacher math has" in headline(run)
     assert "gap" not in headline(run)
+    names = [row[0] for row in results_table([run]).rows]  # equal results, yet two teachers
+    assert names == ["teacher base-2", "teacher math", "student before", "student after"]
+    assert [line.name for line in drawn([run])["accuracy"].lines] == ["run", "teacher base-2", "teacher math"]
 
 
 def test_what_is_no_run_directory(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from poweropd.evaluation.metrics import Estimate
 from poweropd.report.curves import FEW, STYLES
 from poweropd.report.figure import TEACHER, Figure, Line
 from poweropd.report.runs import RunData, Summaries
-from poweropd.report.scores import Shared, in_paper_order, mean, on_shared_problems, samples, title
+from poweropd.report.scores import Shared, distinct, in_paper_order, mean, on_shared_problems, samples, title
 
 Points = list[tuple[int, Estimate]]
 BAND = "The band is the 95 % bootstrap interval over problems."
@@ -104,13 +104,7 @@ def _figure(
 
 
 def _teachers(runs: list[RunData]) -> dict[str, Summaries]:
-    """Every teacher once; one that differs between runs, by the run's name too."""
-    found: dict[str, Summaries] = {}
-    for run in runs:
-        for name, summaries in run.teachers.items():
-            if not any(summaries == known for known in found.values()):
-                found[name if name not in found else f"{name} of {run.name}"] = summaries
-    return found
+    return distinct((name, run.name, summaries) for run in runs for name, summaries in run.teachers.items())
 
 
 def _on(runs: list[RunData], benchmark: str) -> list[RunData]:

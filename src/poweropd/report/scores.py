@@ -1,6 +1,6 @@
 """What evaluations say: a model over its benchmarks, and several models on the problems that all were asked."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import nan, sqrt
@@ -78,6 +78,18 @@ def shares(summary: Record) -> dict[str, float]:
     """The share of correct samples by problem; empty where the summary does not tell."""
     correct = summary.get("correct")
     return {problem: count / summary["samples"] for problem, count in correct.items()} if correct else {}
+
+
+def distinct(models: Iterable[tuple[str, str, Summaries]]) -> dict[str, Summaries]:
+    """Models by name, from (name, run, summaries): once where runs share them, else by the name of the run too."""
+    found: dict[str, Summaries] = {}
+    known: dict[str, list[Summaries]] = {}
+    for name, run, summaries in models:
+        seen = known.setdefault(name, [])
+        if summaries not in seen:
+            found[f"{name} of {run}" if seen else name] = summaries
+            seen.append(summaries)
+    return found
 
 
 def on_shared_problems(models: Sequence[Summaries]) -> Shared | None:

@@ -5,7 +5,7 @@ from statistics import fmean, median
 
 from poweropd.evaluation.metrics import Paired
 from poweropd.report.runs import Record, RunData, Summaries
-from poweropd.report.scores import compare, estimate, in_paper_order, mean, samples, title
+from poweropd.report.scores import compare, distinct, estimate, in_paper_order, mean, samples, title
 from poweropd.report.verdict import interval, ranking
 
 PHASES = ("rollout", "teacher", "update")
@@ -65,13 +65,9 @@ def results_table(runs: list[RunData]) -> Table:
 
 def _models(runs: list[RunData]) -> list[_Model]:
     """Teachers and the untrained student once where the runs share them, else those of each run."""
-    models: list[_Model] = []
-    for run in runs:
-        untrained = {"student before": run.evaluations[0]} if 0 in run.evaluations else {}
-        for name, summaries in {**run.teachers, **untrained}.items():
-            if not any(summaries == model.summaries for model in models):
-                taken = any(name == model.name for model in models)
-                models.append(_Model(f"{name} of {run.name}" if taken else name, summaries))
+    named = [(name, run.name, summaries) for run in runs for name, summaries in run.teachers.items()]
+    named += [("student before", run.name, run.evaluations[0]) for run in runs if 0 in run.evaluations]
+    models = [_Model(name, summaries) for name, summaries in distinct(named).items()]
     for run in runs:
         if run.last is not None:
             models.append(_Model(run.name if len(runs) > 1 else "student after", run.last[1], run))
