@@ -58,7 +58,7 @@ def build(folder: Path) -> None:
             logs["distributions"].append(_distributions(step, tokens))
             logs["rollouts"] += _rollouts(step, tokens)
     for name, records in logs.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(_rounded(record)) + "\n" for record in records))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(rounded(record)) + "\n" for record in records))
     _evaluations(folder, rng)
     (folder / "summary.json").write_text(json.dumps({"steps": STEPS, "seed": 0, "seconds": 150.0}) + "\n")
 
@@ -170,7 +170,7 @@ def _evaluations(folder: Path, rng: np.random.Generator) -> None:
             summary = _summary(benchmark, title, correct, place)
             path = folder / "eval" / place / f"{benchmark}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(_rounded(summary)) + "\n")
+            path.write_text(json.dumps(rounded(summary)) + "\n")
 
 
 def _summary(benchmark: str, title: str, correct: np.ndarray, place: str) -> dict[str, Any]:
@@ -195,12 +195,12 @@ def _summary(benchmark: str, title: str, correct: np.ndarray, place: str) -> dic
     }  # fmt: skip
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Five significant digits, and only types that JSON has."""
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_rounded(item) for item in value]
+        return [rounded(item) for item in value]
     return float(f"{value:.5g}") if isinstance(value, float | np.floating) else value
 
 

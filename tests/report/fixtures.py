@@ -1,4 +1,4 @@
-"""The committed run, and variants of it."""
+"""The committed runs, one made up and one real, and variants of the first."""
 
 import json
 import shutil
@@ -11,6 +11,7 @@ from poweropd.report.figures import figures
 from poweropd.report.runs import RunData
 
 FIXTURE = Path(__file__).with_name("fixture_run")
+REAL = Path(__file__).with_name("real_run")  # `poweropd train recipes/quickstart.yaml`, kept by keep_run.py
 Record = dict[str, Any]
 
 

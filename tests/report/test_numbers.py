@@ -8,7 +8,7 @@ from statistics import NormalDist, median
 
 import numpy as np
 import pytest
-from fixtures import FIXTURE, drawn, edit_summaries, lines, summary, variant, write_lines
+from fixtures import FIXTURE, REAL, drawn, edit_summaries, lines, summary, variant, write_lines
 
 from poweropd.report.curves import thinned
 from poweropd.report.figure import TEACHER
@@ -76,6 +76,18 @@ def test_the_answer_is_the_paired_difference_and_the_share_of_the_gap() -> None:
     assert problems.startswith(f"It gained {gained} problems and lost {lost}, ")
     assert length.startswith("Its answers are 16% shorter (45 to 38 tokens)")
     assert numbers(headline(read_run(FIXTURE)))[:3] == pytest.approx([before, after, middle], abs=6e-4)
+
+
+def test_a_real_run() -> None:
+    (name,) = (path.stem for path in (REAL / "eval" / "teacher").glob("*.json"))
+    before, after, teacher = (share_of_correct(place, name, REAL) for place in ("000000", "000080", "teacher"))
+    levels = [float(np.mean(list(shares.values()))) for shares in (before, after, teacher)]
+    answer = verdict([read_run(REAL)])[0]
+    assert answer.startswith("The student came closer to the teacher: Avg@4 went from 0.332 to 0.590 in 80 steps")
+    assert numbers(answer)[:3] == pytest.approx([levels[0], levels[1], levels[1] - levels[0]], abs=6e-4)
+    changes = np.array([after[key] - share for key, share in before.items()])
+    width = NormalDist().inv_cdf(0.975) * changes.std() / len(changes) ** 0.5
+    assert numbers(answer)[3:5] == pytest.approx([changes.mean() - width, changes.mean() + width], abs=0.01)
 
 
 def test_what_cannot_be_told_apart_is_not_called_better(tmp_path: Path) -> None:
