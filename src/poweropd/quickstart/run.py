@@ -9,17 +9,17 @@ from rich.table import Table
 from poweropd.config import Recipe, load_recipe
 from poweropd.console import ConsoleObserver
 from poweropd.quickstart.compare import COMPARED, Arm, train_all
-from poweropd.report.html import write_report
-from poweropd.report.png import save_figures
-from poweropd.report.runs import RunData, figures, headline, read_run, results_table
+from poweropd.report.html import sections, write_report
+from poweropd.report.image import save_figures
+from poweropd.report.runs import RunData, headline, read_run, results_table
 from poweropd.train import train
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
 PICTURED = (
-    "Accuracy on held-out problems",
-    "Length of an answer",
-    "Answers cut at the budget",
-    "Gradient norm before clipping",
+    "accuracy-on-held-out-problems",
+    "length-of-an-answer",
+    "answers-cut-at-the-budget",
+    "gradient-norm-before-clipping",
 )
 
 NEXT = """\
@@ -49,7 +49,8 @@ def run_comparison(out: Path, console: Console, *, steps: int | None, seed: int)
     with ConsoleObserver(console) as observer:
         runs = train_all(arms, observer)
     write_report(runs, out / "report.html")
-    save_figures([figure for figure in figures(runs) if figure.title in PICTURED], out / "compare.png")
+    figures = [figure for section in sections(runs) for figure in section.figures if figure.key in PICTURED]
+    save_figures(figures, out / "compare.png")
     _print_results(runs, console)
     console.print(f"report   {out / 'report.html'}\nfigure   {out / 'compare.png'}", markup=False)
 
