@@ -16,7 +16,7 @@ function themeChanged() {
 button.hidden = false;
 button.addEventListener('click', () => {
   root.dataset.theme = isDark() ? 'light' : 'dark';
-  try { localStorage.setItem('theme', root.dataset.theme); } catch { /* a page from a file may have no storage */ }
+  try { localStorage.setItem('poweropd-theme', root.dataset.theme); } catch { /* a page from a file may have no storage */ }
   themeChanged();
 });
 system.addEventListener('change', themeChanged);
@@ -68,6 +68,7 @@ function draw(plot) {
     const images = {toImageButtonOptions: {format: 'svg', filename: div.parentElement.id}};
     Plotly.newPlot(div, traces, {...spec.layout, template: template()}, {...config, ...images});
   }
+  for (const svg of all('.main-svg', div)) svg.ariaHidden = 'true';  // the label of the plot and its numbers say it in words
   plot.drawn = true;
   plot.stale = false;
   div.removeAttribute('aria-busy');
