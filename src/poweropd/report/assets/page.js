@@ -88,7 +88,9 @@ function drawNext() {
 
 /** Plotly is packed in the page: unpacking it waits until the text can be read. */
 async function unpackPlotly() {
-  const packed = Uint8Array.from(atob(document.getElementById('plotly').textContent), letter => letter.charCodeAt(0));
+  const letters = atob(document.getElementById('plotly').textContent);
+  const packed = new Uint8Array(letters.length);
+  for (let at = 0; at < letters.length; at++) packed[at] = letters.charCodeAt(at);
   const script = document.createElement('script');
   script.textContent = await new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream('gzip'))).text();
   document.head.append(script);
