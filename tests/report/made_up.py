@@ -24,7 +24,7 @@ def made_up(runs: int = 1, steps: int = 60, tokens: int = 700) -> Content:
                 step=12,
                 what="93 % of the rollouts reach the budget, and were 5 % at the start.",
                 try_="a smaller learning rate, or objective.end_token: map",
-                severity="severe",
+                severity="warn",
             )
         ],
         tables=[

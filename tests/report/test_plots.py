@@ -51,7 +51,7 @@ def test_numbers_of_a_histogram_and_of_a_plane() -> None:
 def test_an_empty_bin_lies_below_a_logarithmic_axis() -> None:
     spec = plots.spec(Figure("key", "T", "x", "y", bars=[Bars("a", [0.0, 1.0, 2.0, 3.0], [8, 0, 2])], log_y=True))
     assert spec["traces"][0]["y"] == [8, 0.2, 2, 2]
-    assert spec["layout"]["yaxis"]["autorangeoptions"]["minallowed"] == 1
+    assert spec["layout"]["yaxis"]["autorangeoptions"]["minallowed"] == math.log10(2 / 2)
 
 
 def test_a_figure_in_words() -> None:

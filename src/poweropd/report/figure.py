@@ -78,7 +78,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """Figures that belong together, under a heading."""
+    """Figures that answer one question."""
 
     title: str
     figures: list[Figure]

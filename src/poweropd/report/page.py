@@ -79,7 +79,8 @@ def _contents(
 ) -> Iterator[tuple[str, str]]:
     """Anchor and title of each part that the page has."""
     if content.pathologies:
-        yield "problems", "What went wrong"
+        grave = any(pathology.severity == "warn" for pathology in content.pathologies)
+        yield "problems", "What went wrong" if grave else "What to look at"
     if content.tables:
         yield "results", "Results"
     yield from ((anchor, title) for anchor, title, _ in sections)

@@ -1,6 +1,7 @@
 """What a failure mode is."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -12,4 +13,4 @@ class Pathology:
     step: int
     what: str
     try_: str
-    severity: str
+    severity: Literal["note", "warn"]

@@ -29,29 +29,40 @@ def spec(figure: Figure) -> Json:
 
 def _layout(figure: Figure) -> go.Layout:
     entries = len(figure.lines) + len(figure.bars)
-    square = figure.plane is not None and figure.plane.x_edges == figure.plane.y_edges
-    y_axis: Json = {"title": {"text": _label(figure.y_label)}, "type": "log" if figure.log_y else "linear"}
-    if figure.log_y:
-        y_axis["tickformat"] = "~g"
-    if figure.bars and figure.log_y:
-        y_axis["autorangeoptions"] = {"minallowed": min(_least(bars) for bars in figure.bars) / 2}
-    if square:
-        y_axis |= {"scaleanchor": "x", "constrain": "domain"}
+    heights = [
+        *(y for line in figure.lines for y in line.y),
+        *(height for bars in figure.bars for height in bars.heights),
+    ]
+    x_axis = _axis(figure.x_label, [x for line in figure.lines for x in line.x], log=figure.log_x)
+    y_axis = _axis(figure.y_label, heights, log=figure.log_y)
+    x_axis |= {"hoverformat": ".6~g", "unifiedhovertitle": {"text": f"{_label(figure.x_label)} %{{x}}"}}
+    if not any(height < 0 for height in heights):
+        y_axis["rangemode"] = "nonnegative"  # a flat line at 0 has no space below
+    if figure.log_y and figure.bars:
+        lowest = min(_least(bars) for bars in figure.bars)
+        y_axis["autorangeoptions"] = {"minallowed": math.log10(lowest / 2)}
+    if figure.plane and figure.plane.x_edges == figure.plane.y_edges:
+        x_axis |= {"constrain": "domain"}
+        y_axis |= {"constrain": "domain", "scaleanchor": "x"}
     return go.Layout(
-        height=(420 if figure.plane else 300) + 20 * (entries // 3),
+        height=400 if figure.plane else 290,  # without the legend, whose rows depend on the width of the page
         margin={"l": 60, "r": 12, "t": 12, "b": 40},
         hovermode="closest" if figure.plane else "x unified",
         showlegend=entries > 1,
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "title": {"text": ""}},
-        xaxis={
-            "title": {"text": _label(figure.x_label)},
-            "type": "log" if figure.log_x else "linear",
-            "hoverformat": ".6~g",
-            "unifiedhovertitle": {"text": f"{_label(figure.x_label)} %{{x}}"},
-            **({"constrain": "domain"} if square else {}),
-        },
+        xaxis=x_axis,
         yaxis=y_axis,
     )
+
+
+def _axis(label: str, values: list[float], *, log: bool) -> Json:
+    """A logarithmic axis that spans little has 1, 2, 5, 10 as ticks; Plotly would fill it with others."""
+    title: Json = {"title": {"text": _label(label)}}
+    if not log:
+        return title
+    positive = [value for value in values if math.isfinite(value) and value > 0]
+    narrow = positive and max(positive) < 1e3 * min(positive)
+    return title | {"type": "log", "tickformat": "~g", "dtick": "D2" if narrow else None}
 
 
 def _line(line: Line, *, marked: bool) -> list[go.Scatter]:
@@ -150,10 +161,11 @@ def description(figure: Figure) -> str:
         if points:
             (first, start), (last, end) = points[0], points[-1]
             parts.append(f"{line.name}: {start:.3g} at {first:g}, {end:.3g} at {last:g}")
-    parts += [
-        f"{bars.name}: {sum(bars.heights):g} in all, from {bars.edges[0]:.3g} to {bars.edges[-1]:.3g}"
-        for bars in figure.bars
-    ]
+    for bars in figure.bars:
+        if bars.heights:
+            peak = bars.heights.index(max(bars.heights))
+            low, high = bars.edges[peak], bars.edges[peak + 1]
+            parts.append(f"{bars.name}: highest, {bars.heights[peak]:.3g}, between {low:.3g} and {high:.3g}")
     rest = f"; and {len(parts) - 6} more" if len(parts) > 6 else ""
     return f"{figure.title}. {axes}. {'; '.join(parts[:6])}{rest}."
 

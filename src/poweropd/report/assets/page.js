@@ -25,6 +25,12 @@ system.addEventListener('change', themeChanged);
 const plots = all('.plot').map(div => ({
   div, spec: JSON.parse(div.nextElementSibling.textContent), drawn: false, stale: true, near: false,
 }));
+for (const {div, spec} of plots) {  // the legend takes what height it needs, and the axes keep theirs
+  const names = spec.layout.showlegend ? spec.traces.filter(trace => trace.showlegend !== false).map(trace => trace.name) : [];
+  const columns = Math.max(1, Math.floor((div.clientWidth - 80) / (50 + 6.5 * Math.max(0, ...names.map(name => name.length)))));
+  spec.layout.height += 20 * Math.ceil(names.length / columns);
+  div.style.height = `${spec.layout.height}px`;
+}
 const hidden = new Set();
 const touch = matchMedia('(pointer: coarse)').matches;
 const config = {
@@ -40,7 +46,10 @@ function ink(name) {
   return value;
 }
 
-function template() {
+const looks = {};
+const template = () => looks[isDark()] ??= look();
+
+function look() {
   const axis = {
     gridcolor: ink('line'), zerolinecolor: ink('line'), linecolor: ink('line'), automargin: true,
     exponentformat: 'power', title: {standoff: 8, font: {size: 12, color: ink('soft')}}, tickfont: {color: ink('soft')},
