@@ -11,7 +11,7 @@ from poweropd.console import ConsoleObserver
 from poweropd.quickstart.compare import COMPARED, Arm, train_all
 from poweropd.report.figures import figures
 from poweropd.report.html import write_report
-from poweropd.report.png import save_figures
+from poweropd.report.image import save_figures
 from poweropd.report.runs import RunData, read_run
 from poweropd.report.tables import results_table
 from poweropd.report.verdict import headline

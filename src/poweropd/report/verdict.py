@@ -294,15 +294,15 @@ def _joined(numbers: list[int]) -> str:
 
 
 def _differing(runs: list[RunData]) -> list[str]:
-    recipes = [_flat(run.recipe) for run in runs]
+    recipes = [flat(run.recipe) for run in runs]
     keys = dict.fromkeys(key for recipe in recipes for key in recipe)
     return [key for key in keys if any(recipe.get(key) != recipes[0].get(key) for recipe in recipes)]
 
 
-def _flat(values: Record, above: str = "") -> Record:
+def flat(values: Record, above: str = "") -> Record:
     """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
-    flat: Record = {}
+    found: Record = {}
     for key, value in values.items():
         name = f"{above}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat
+        found |= flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+    return found
