@@ -253,7 +253,7 @@ def _lead(ranked: list[tuple[RunData, Estimate]]) -> str:
     if lead is None:
         overlap = level.low <= below.high
         sure = "the 95 % intervals overlap" if overlap else "the 95 % intervals do not overlap"
-        text = f"{has}, before {second.name} with {below.mean:.3f}: {sure}"
+        text = f"{has}, ahead of {second.name} with {below.mean:.3f}: {sure}"
     else:
         text = f"{has}: {interval(lead.difference, sign=True)} more than {second.name} over {_number(lead)}"
         text += ", not distinguishable from no lead" if holds_zero(lead) else ", a distinguishable lead"
@@ -294,15 +294,15 @@ def _joined(numbers: list[int]) -> str:
 
 
 def _differing(runs: list[RunData]) -> list[str]:
-    recipes = [_flat(run.recipe) for run in runs]
+    recipes = [flat(run.recipe) for run in runs]
     keys = dict.fromkeys(key for recipe in recipes for key in recipe)
     return [key for key in keys if any(recipe.get(key) != recipes[0].get(key) for recipe in recipes)]
 
 
-def _flat(values: Record, above: str = "") -> Record:
+def flat(values: Record, above: str = "") -> Record:
     """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
-    flat: Record = {}
+    found: Record = {}
     for key, value in values.items():
         name = f"{above}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat
+        found |= flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+    return found
