@@ -16,15 +16,15 @@ BEGIN = 30
 Record = dict[str, Any]
 TAIL = {"reward/min": -20.0, "reward/p1": -6.0, "reward/p50": 0.0, "reward/p99": 0.3}
 ILL: dict[str, tuple[str, Record]] = {
-    "tail": ("heavy negative tail", TAIL),
-    "length": ("length inflation", {"length/mean": 150.0}),
-    "truncation": ("truncation lock", {"truncation": 0.95}),
-    "repetition": ("repetition", {"repetition": 0.4}),
-    "ends": ("end-token mismatch", {"end_token/log_ratio": -7.0}),
-    "never ends": ("end-token mismatch", {"end_token/share": 0.2}),
-    "collapse": ("mode collapse", {"entropy/student": 0.05, "top1_agreement": 0.5}),
-    "mismatch": ("sampler mismatch", {"rollout/mismatch": 0.3}),
-    "staleness": ("stale rollouts", {"staleness/mean": 9.0}),
+    "tail": ("Heavy negative tail", TAIL),
+    "length": ("Length inflation", {"length/mean": 150.0}),
+    "truncation": ("Truncation lock", {"truncation": 0.95}),
+    "repetition": ("Repetition", {"repetition": 0.4}),
+    "ends": ("End-token mismatch", {"end_token/log_ratio": -7.0}),
+    "never ends": ("End-token mismatch", {"end_token/share": 0.2}),
+    "collapse": ("Mode collapse", {"entropy/student": 0.05, "top1_agreement": 0.5}),
+    "mismatch": ("Sampler mismatch", {"rollout/mismatch": 0.3}),
+    "staleness": ("Stale rollouts", {"staleness/mean": 9.0}),
 }
 
 
@@ -97,7 +97,7 @@ def test_answers_may_grow_as_long_as_the_teacher_s(tmp_path: Path) -> None:
 
 def test_a_budget_that_was_always_too_small_is_a_note(tmp_path: Path) -> None:
     pathology = only(variant(tmp_path / "run", lambda record: {**record, "truncation": 1.0}))
-    assert (pathology.name, pathology.severity, pathology.step) == ("truncation", "note", 0)
+    assert (pathology.name, pathology.severity, pathology.step) == ("Truncation", "note", 0)
 
 
 def test_entropy_that_falls_while_nothing_gets_worse_is_no_collapse(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_entropy_that_falls_with_pass_at_k_is_one(tmp_path: Path) -> None:
     folder = variant(tmp_path / "run", when(lambda step: step >= BEGIN, {"entropy/student": 0.05}))
     edit_summaries(folder, lambda place, record: {**record, "pass_at_4": 0.4} if place == "000060" else record)
     pathology = only(folder)
-    assert pathology.name == "mode collapse"
+    assert pathology.name == "Mode collapse"
     assert "Pass@k fell from" in pathology.what
 
 
@@ -126,7 +126,7 @@ def test_early_concentration(shares: list[float], tmp_path: Path, *, named: bool
     ]
     write_lines(folder, "positions", positions)
     assert [(pathology.name, pathology.step) for pathology in found(folder)] == (
-        [("early-position concentration", 20)] if named else []
+        [("Early-position concentration", 20)] if named else []
     )
 
 
@@ -146,7 +146,7 @@ def test_gradient_spikes(steps: tuple[int, ...], tmp_path: Path, *, named: bool)
     write_lines(
         folder, "metrics", [{**r, "grad_norm/median_ratio": 40.0} if r["step"] in steps else r for r in records]
     )
-    assert [(p.name, p.step) for p in found(folder)] == ([("gradient spikes", 20)] if named else [])
+    assert [(p.name, p.step) for p in found(folder)] == ([("Gradient spikes", 20)] if named else [])
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_no_learning(tmp_path: Path, *, learns: bool, moves: bool, named: bool) 
     if not learns:
         shutil.rmtree(folder / "eval" / "000060")
         shutil.copytree(folder / "eval" / "000000", folder / "eval" / "000060")
-    assert [p.name for p in found(folder)] == (["no learning"] if named else [])
+    assert [p.name for p in found(folder)] == (["No learning"] if named else [])
 
 
 def test_a_teacher_that_is_no_better(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_a_teacher_that_is_no_better(tmp_path: Path) -> None:
         first = summary(folder, "000000", benchmark)
         (folder / "eval" / "teacher" / f"{benchmark}.json").write_text(json.dumps(first))
     pathology = only(folder)
-    assert (pathology.name, pathology.severity, pathology.step) == ("weak teacher", "warn", 0)
+    assert (pathology.name, pathology.severity, pathology.step) == ("Weak teacher", "warn", 0)
     assert "+0.000 [+0.000, +0.000] over 100 problems" in pathology.what
     edit_summaries(folder, lambda place, record: {**record, "correct": dict(list(record["correct"].items())[:10])})
     assert only(folder).severity == "note"
@@ -182,4 +182,4 @@ def test_several_are_told_in_the_order_in_which_they_began(tmp_path: Path) -> No
         return {**record, **late, **({"truncation": 1.0} if record["step"] >= 40 else {})}
 
     names = [(pathology.name, pathology.step) for pathology in found(variant(tmp_path / "run", change))]
-    assert names == [("repetition", 20), ("truncation lock", 40)]
+    assert names == [("Repetition", 20), ("Truncation lock", 40)]

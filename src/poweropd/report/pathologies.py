@@ -80,7 +80,7 @@ def heavy_tail(run: RunData) -> Iterable[Pathology]:
         lowest = min(row[0] for row in ill)
         _, p1, _, p99 = (median(column) for column in zip(*ill, strict=True))
         yield Pathology(
-            "heavy negative tail", run.name, step,
+            "Heavy negative tail", run.name, step,
             f"Of a hundred tokens one has a reward below {p1:.1f} (the lowest of all {lowest:.1f}), and one a reward above "
             f"{p99:.1f}: few tokens that the teacher rejects decide the update.",
             "a bounded reward: objective.name power (or clip, tanh), which keeps the sign and cuts the tail.", "warn",
@@ -100,7 +100,7 @@ def early_concentration(run: RunData) -> Iterable[Pathology]:
     if (step := _began(steps, rows, lambda row: row[0] > EARLY_SHARE, SPARSE)) is not None:
         share = median(value for at, value in shares.items() if at >= step)
         yield Pathology(
-            "early-position concentration", run.name, step,
+            "Early-position concentration", run.name, step,
             f"The first {EARLY_POSITIONS:.0%} of an answer carry {share:.0%} of the squared weight of the update.",
             "look at the first tokens of the rollouts: a chat template or a thinking mode that differs between the models is "
             "the usual cause; objective.masked_tokens leaves tokens out.", "warn",
@@ -116,7 +116,7 @@ def length_inflation(run: RunData) -> Iterable[Pathology]:
         reached = max(_medians(rows, WINDOW), default=[start])[0]
         than = f", beyond the teacher's {max(teacher):.0f}" if teacher else ""
         yield Pathology(
-            "length inflation", run.name, step,
+            "Length inflation", run.name, step,
             f"Answers grew from {start:.0f} to {reached:.0f} tokens{than}.",
             "a KL to the initial student (objective.reference_kl), or a lower optimizer.lr; read the longest rollouts for "
             "repetition.", "warn" if teacher else "note",
@@ -130,14 +130,14 @@ def truncation_lock(run: RunData) -> Iterable[Pathology]:
     budget = run.section("sampling").get("max_new_tokens", "the budget of")
     if _start(rows) > TRUNCATED:
         yield Pathology(
-            "truncation", run.name, step,
+            "Truncation", run.name, step,
             f"From the start, nearly all rollouts reach {budget} tokens without an end: the student is never trained on one.",
             "a larger sampling.max_new_tokens; if answers are endless, a student that has learnt to stop, or its chat template.",
             "note",
         )  # fmt: skip
         return
     yield Pathology(
-        "truncation lock", run.name, step,
+        "Truncation lock", run.name, step,
         f"More than {TRUNCATED:.0%} of the rollouts reach {budget} tokens without an end, which was not so at the start: the "
         "student no longer stops.",
         "go back to a checkpoint before this step, with a KL to the initial student (guard.action: raise_reference_kl does it "
@@ -149,7 +149,7 @@ def repetition(run: RunData) -> Iterable[Pathology]:
     steps, rows = _together(run, "repetition")
     if (step := _began(steps, rows, lambda row: row[0] > REPEATED)) is not None:
         yield Pathology(
-            "repetition", run.name, step,
+            "Repetition", run.name, step,
             f"Up to {max(rows)[0]:.0%} of the rollouts end going round in circles.",
             "guard.action: stop or raise_reference_kl; a lower optimizer.lr; golden answers in the mixture (StableOPD).", "warn",
         )  # fmt: skip
@@ -161,7 +161,7 @@ def end_tokens(run: RunData) -> Iterable[Pathology]:
     if (step := _began(steps, rows, lambda row: row[0] < END_LOG_RATIO)) is not None:
         value = median(row[0] for at, row in zip(steps, rows, strict=True) if at >= step)
         yield Pathology(
-            "end-token mismatch", run.name, step,
+            "End-token mismatch", run.name, step,
             f"Where the student ends an answer the log-ratio is {value:.1f}: the teacher would go on, or end with another token.",
             advice, "warn",
         )  # fmt: skip
@@ -170,7 +170,7 @@ def end_tokens(run: RunData) -> Iterable[Pathology]:
     start = _start(rows)
     if start and (step := _began(steps, rows, lambda row: row[0] < END_SHARE * start)) is not None:
         yield Pathology(
-            "end-token mismatch", run.name, step,
+            "End-token mismatch", run.name, step,
             f"Rollouts that end by themselves fell from {start:.0%} to {min(_medians(rows, WINDOW))[0]:.0%}: the student unlearns "
             "to stop.", advice, "warn",
         )  # fmt: skip
@@ -188,7 +188,7 @@ def mode_collapse(run: RunData) -> Iterable[Pathology]:
     worse = _pass_fell(run) or _agreement_fell(run)
     if step is not None and worse:
         yield Pathology(
-            "mode collapse", run.name, step,
+            "Mode collapse", run.name, step,
             f"The student's entropy fell from {start:.3g} to {min(_medians(rows, WINDOW))[0]:.3g} nats, below half of the "
             f"teacher's, and {worse}: its answers lose their variety.",
             "a forward KL or a Jensen-Shannon objective, which do not let go of the teacher's other modes; a lower "
@@ -217,7 +217,7 @@ def gradient_spikes(run: RunData) -> Iterable[Pathology]:
     for (step, _), (last, _) in zip(spikes, spikes[SPIKES - 1 :], strict=False):
         if last - step < SPIKE_STEPS:
             yield Pathology(
-                "gradient spikes", run.name, int(step),
+                "Gradient spikes", run.name, int(step),
                 f"{len(spikes)} steps had a gradient norm more than {SPIKE:.0f} times the running median, at most "
                 f"{max(ratio for _, ratio in spikes):.0f} times.",
                 "a bounded reward (objective.name power), a smaller optimizer.max_grad_norm, more prompts per step, or warm-up.",
@@ -230,7 +230,7 @@ def sampler_mismatch(run: RunData) -> Iterable[Pathology]:
     steps, rows = _together(run, "rollout/mismatch")
     if (step := _began(steps, rows, lambda row: row[0] > MISMATCH)) is not None:
         yield Pathology(
-            "sampler mismatch", run.name, step,
+            "Sampler mismatch", run.name, step,
             f"Sampler and trainer disagree about the student by up to {max(_medians(rows, WINDOW))[0]:.2g} nats a token.",
             "one precision for both, and weights that are synchronised after every step; training is off-policy until then.",
             "warn",
@@ -241,7 +241,7 @@ def staleness(run: RunData) -> Iterable[Pathology]:
     steps, rows = _together(run, "staleness/mean")
     if (step := _began(steps, rows, lambda row: row[0] > STALENESS)) is not None:
         yield Pathology(
-            "stale rollouts", run.name, step,
+            "Stale rollouts", run.name, step,
             f"Rollouts are {median(row[0] for row in rows):.1f} optimizer steps old when they are trained on.",
             "fewer steps between updates of the sampler's weights, or rollout.importance: token.", "note",
         )  # fmt: skip
@@ -260,7 +260,7 @@ def no_learning(run: RunData) -> Iterable[Pathology]:
     first, last = median(values[:fifth]), median(values[-fifth:])
     if abs(last - first) < FLAT * abs(first):
         yield Pathology(
-            "no learning", run.name, int(steps[0]),
+            "No learning", run.name, int(steps[0]),
             f"{key} stayed near {first:.3g}, and accuracy did not change distinguishably.",
             "a higher optimizer.lr or more train.steps; check that optimizer.warmup_steps does not cover the run.", "warn",
         )  # fmt: skip
@@ -275,7 +275,7 @@ def weak_teacher(run: RunData) -> Iterable[Pathology]:
         lead, (low, high) = ahead.difference.mean, ahead.difference[1:]
         few = ahead.problems < FEW_PROBLEMS
         yield Pathology(
-            "weak teacher", run.name, 0,
+            "Weak teacher", run.name, 0,
             f"The {name} is not distinguishably better than the student before training: {lead:+.3f} [{low:+.3f}, {high:+.3f}] "
             f"over {ahead.problems} problems.",
             "evaluate on more problems, to know." if few else "a better teacher, or problems on which it is better; check its "

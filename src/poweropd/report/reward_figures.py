@@ -10,6 +10,7 @@ from poweropd.report.figure import TEACHER, Bars, Figure, Line, Plane
 from poweropd.report.runs import Record, RunData, is_number
 
 MOST_PLANES = 4
+MOST_BINS = 100  # of a histogram
 EXTREMES = ("min", "p1", "p99", "max")
 
 
@@ -62,11 +63,25 @@ def _histogram(runs: list[RunData], key: str, title: str, label: str, name: str 
     for index, run in enumerate(runs):
         found = _last_histogram(run, name or run.signal)
         if found is not None:
-            edges, counts = found
+            edges, counts = _coarser(*found)
             widths = (upper - lower for lower, upper in pairwise(edges))
             density = [count / sum(counts) / width for count, width in zip(counts, widths, strict=True)]
             bars.append(Bars(run.name, edges, density, run=index))
     return Figure(key, title, label, "share of tokens per unit", bars=bars, caption=caption, log_y=True)
+
+
+def _coarser(edges: list[float], counts: list[int]) -> tuple[list[float], list[int]]:
+    """Bins too narrow to be seen made one: a logged histogram is finest around 0, where it would be a thicket."""
+    narrowest = (edges[-1] - edges[0]) / MOST_BINS
+    kept, merged = [edges[0]], [0]
+    for upper, count in zip(edges[1:], counts, strict=True):
+        merged[-1] += count
+        if upper - kept[-1] >= narrowest:
+            kept.append(upper)
+            merged.append(0)
+    if kept[-1] == edges[-1]:
+        return kept, merged[:-1]
+    return [*kept, edges[-1]], merged
 
 
 def _last_histogram(run: RunData, name: str) -> tuple[list[float], list[int]] | None:

@@ -253,7 +253,7 @@ def _lead(ranked: list[tuple[RunData, Estimate]]) -> str:
     if lead is None:
         overlap = level.low <= below.high
         sure = "the 95 % intervals overlap" if overlap else "the 95 % intervals do not overlap"
-        text = f"{has}, before {second.name} with {below.mean:.3f}: {sure}"
+        text = f"{has}, ahead of {second.name} with {below.mean:.3f}: {sure}"
     else:
         text = f"{has}: {interval(lead.difference, sign=True)} more than {second.name} over {_number(lead)}"
         text += ", not distinguishable from no lead" if holds_zero(lead) else ", a distinguishable lead"
