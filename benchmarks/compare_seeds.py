@@ -9,7 +9,9 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
-from poweropd.report.runs import RunData, accuracy_key, read_run
+from poweropd.report.runs import RunData, read_run
+from poweropd.report.scores import mean as over_benchmarks
+from poweropd.report.verdict import change
 
 
 def main(folders: list[Path]) -> None:
@@ -22,11 +24,11 @@ def main(folders: list[Path]) -> None:
         "| objective | Avg@8 | gap closed | Pass@8 | length | cut | lowest log-ratio | largest gradient norm | s/step |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
-    for name, runs in sorted(arms.items(), key=lambda arm: -mean(_after(run, accuracy_key(run)) for run in arm[1])):
+    for name, runs in sorted(arms.items(), key=lambda arm: -mean(_after(run, "avg") for run in arm[1])):
         cells = [
-            _spread([_after(run, accuracy_key(run)) for run in runs], ".3f"),
+            _spread([_after(run, "avg") for run in runs], ".3f"),
             f"{mean(_gap(run) for run in runs):.0%}",
-            _spread([_after(run, "pass_at_8") for run in runs], ".3f"),
+            _spread([_after(run, "pass") for run in runs], ".3f"),
             _spread([_after(run, "mean_length") for run in runs], ".1f"),
             f"{mean(_after(run, 'truncation') for run in runs):.1%}",
             f"{min(min(run.column('log_ratio/min')[1], default=0) for run in runs):.1f}",
@@ -36,16 +38,18 @@ def main(folders: list[Path]) -> None:
         print(f"| {name} | {' | '.join(cells)} |")
 
 
-def _after(run: RunData, key: str) -> float:
-    value: float = run.evaluations[max(run.evaluations)][key]
-    return value
+def _after(run: RunData, measure: str) -> float:
+    assert run.last is not None
+    level = over_benchmarks(run.last[1], measure)
+    assert level is not None
+    return level.mean
 
 
 def _gap(run: RunData) -> float:
-    key = accuracy_key(run)
-    (teacher,) = run.teachers.values()
-    before: float = run.evaluations[0][key]
-    return (_after(run, key) - before) / (float(teacher[key]) - before)
+    found = change(run)
+    assert found is not None
+    assert found.closed is not None
+    return found.closed
 
 
 def _spread(values: list[float], form: str) -> str:

@@ -16,7 +16,9 @@ from poweropd.cli import app
 from poweropd.config import Recipe, load_recipe, parse_recipe
 from poweropd.errors import ConfigError, ModelError
 from poweropd.models import resolve
-from poweropd.report.runs import headline, read_run, results_table
+from poweropd.report.runs import read_run
+from poweropd.report.tables import results_table
+from poweropd.report.verdict import headline
 from poweropd.teacher.ensemble import MixtureTeacher, RoutedTeacher
 from poweropd.types import Source
 
@@ -205,7 +207,7 @@ def test_a_run_and_its_resumption(recipe: Path, tmp_path: Path) -> None:
     assert sorted(folder.name for folder in (out / "eval").glob("teacher*")) == places
     run = read_run(out)
     shown = [place.replace("-", " ") for place in places]
-    assert [row[0] for row in results_table([run])[1]] == [*shown, "student before", "student after"]
+    assert [row[0] for row in results_table([run]).rows] == [*shown, "student before", "student after"]
     assert ("teacher math has" in headline(run)) == by_data
     page = (out / "report.html").read_text()
     assert "student quickstart:student, teacher math quickstart:teacher, teacher base quickstart:student" in page

@@ -32,6 +32,7 @@ Out = Annotated[Path, typer.Option(help="Directory to write; never written over.
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a setting of the recipe.")]
 Precision = Literal["auto", "float32", "bfloat16"]
 GradingMode = Literal["math", "exact"]
+PictureFormat = Literal["png", "pdf"]
 Debug = Annotated[bool, typer.Option(help="Show the traceback of an error.")]
 
 
@@ -95,7 +96,8 @@ def _train(recipe: Any, out: Path, sets: list[str] | None) -> None:
     """Start `recipe`, or resume the run in `out` when it is None; then write the report."""
     from poweropd.console import ConsoleObserver
     from poweropd.report.html import write_report
-    from poweropd.report.runs import headline, read_run
+    from poweropd.report.runs import read_run
+    from poweropd.report.verdict import headline
     from poweropd.train import recipe_to_resume
     from poweropd.train import train as run_training
 
@@ -224,18 +226,34 @@ def _print_table(table: Any) -> None:
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories; several are compared.")],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    figures: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also draw each figure into a file of this folder.")
+    ] = None,
+    picture: Annotated[PictureFormat | None, typer.Option("--format", help="Of these files; by default png.")] = None,
     debug: Debug = False,
 ) -> None:
-    """One self-contained page about a run, or about several side by side.
+    """One self-contained page about a run, or about several side by side; with --figures also files for a paper.
 
-    Example: `poweropd report runs/quickstart --out report.html`
+    Example: `poweropd report runs/quickstart --out report.html --figures figures --format pdf`
     """
     with _plain_errors(debug):
+        from poweropd.errors import ConfigError
+        from poweropd.report.figures import figures as figures_of
         from poweropd.report.html import write_report
+        from poweropd.report.image import save_each
         from poweropd.report.runs import read_run
 
-        write_report([read_run(path) for path in runs], out)
+        if picture and figures is None:
+            raise ConfigError(f"--format {picture} is of the files that --figures DIR writes; add --figures DIR")
+        names = [path.resolve().name for path in runs]
+        same = len(set(names)) < len(names)  # then only the whole path tells two runs apart
+        data = [read_run(path, str(path) if same else None) for path in runs]
+        write_report(data, out)
         console.print(f"report   {out}", markup=False)
+        if figures is not None:
+            drawn = [figure for section in figures_of(data) for figure in section.figures]
+            files = save_each(drawn, figures, picture or "png")
+            console.print(f"figures  {len(files)} in {figures}", markup=False)
 
 
 @app.command()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 BOOTSTRAP_SAMPLES = 4000
-DRAWN_AT_ONCE = 1_000_000  # numbers in memory
+DRAWS_AT_ONCE = 2**18  # what fits a cache
 TAIL = 0.025  # of each side of a 95 % interval
 
 
@@ -88,26 +88,46 @@ def paired(first: Mapping[str, float], second: Mapping[str, float], *, seed: int
     Raises:
         ValueError: they share no problem.
     """
-    shared = [problem for problem in first if problem in second]
-    if not shared:
-        raise ValueError("the two evaluations share no problem")
-    before, after = (np.asarray([scores[problem] for problem in shared], dtype=float) for scores in (first, second))
-    means = _resampled_means(after - before, seed)
+    return paired_of_means([(first, second)], seed=seed)
+
+
+def paired_of_means(benchmarks: Sequence[tuple[Mapping[str, float], Mapping[str, float]]], *, seed: int = 0) -> Paired:
+    """As `paired`, over several benchmarks: the difference is the mean over benchmarks of their mean differences.
+
+    Problems are resampled within each benchmark; gained and lost problems are counted over all of them.
+
+    Raises:
+        ValueError: there is no benchmark, or the models share no problem of one.
+    """
+    before, after = [], []
+    for first, second in benchmarks:
+        shared = [problem for problem in first if problem in second]
+        if not shared:
+            raise ValueError("the two evaluations share no problem")
+        before.append(np.asarray([first[problem] for problem in shared], dtype=float))
+        after.append(np.asarray([second[problem] for problem in shared], dtype=float))
+    if not before:
+        raise ValueError("there is no benchmark to compare on")
+    differences = [late - early for early, late in zip(before, after, strict=True)]
+    means = np.mean([_resampled_means(values, seed + place) for place, values in enumerate(differences)], axis=0)
     low, high = np.quantile(means, [TAIL, 1 - TAIL])
+    was, now = np.concatenate(before), np.concatenate(after)
     return Paired(
-        Estimate(float((after - before).mean()), float(low), float(high)),
-        gained=int(((before < 0.5) & (after >= 0.5)).sum()),
-        lost=int(((before >= 0.5) & (after < 0.5)).sum()),
-        problems=len(shared),
+        Estimate(float(np.mean([values.mean() for values in differences])), float(low), float(high)),
+        gained=int(((was < 0.5) & (now >= 0.5)).sum()),
+        lost=int(((was >= 0.5) & (now < 0.5)).sum()),
+        problems=len(was),
     )
 
 
 def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
-    """[BOOTSTRAP_SAMPLES] means of problems drawn with replacement."""
+    """[BOOTSTRAP_SAMPLES] means of problems drawn with replacement, a block of draws at a time."""
     rng = np.random.default_rng(seed)
-    at_once = max(1, DRAWN_AT_ONCE // len(values))
-    sizes = [min(at_once, BOOTSTRAP_SAMPLES - start) for start in range(0, BOOTSTRAP_SAMPLES, at_once)]
-    return np.concatenate([values[rng.integers(len(values), size=(size, len(values)))].mean(axis=1) for size in sizes])
+    rows = max(1, DRAWS_AT_ONCE // len(values))
+    blocks = (min(rows, BOOTSTRAP_SAMPLES - done) for done in range(0, BOOTSTRAP_SAMPLES, rows))
+    return np.concatenate(
+        [values[rng.integers(len(values), size=(block, len(values)))].mean(axis=1) for block in blocks]
+    )
 
 
 def _interval(values: np.ndarray, means: np.ndarray) -> Estimate:

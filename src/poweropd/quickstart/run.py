@@ -9,18 +9,16 @@ from rich.table import Table
 from poweropd.config import Recipe, load_recipe
 from poweropd.console import ConsoleObserver
 from poweropd.quickstart.compare import COMPARED, Arm, train_all
+from poweropd.report.figures import figures
 from poweropd.report.html import write_report
-from poweropd.report.png import save_figures
-from poweropd.report.runs import RunData, figures, headline, read_run, results_table
+from poweropd.report.image import save_figures
+from poweropd.report.runs import RunData, read_run
+from poweropd.report.tables import results_table
+from poweropd.report.verdict import headline
 from poweropd.train import train
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
-PICTURED = (
-    "Accuracy on held-out problems",
-    "Length of an answer",
-    "Answers cut at the budget",
-    "Gradient norm before clipping",
-)
+PICTURED = ("accuracy", "answer-length", "answers-cut", "gradient-norm")
 
 NEXT = """\
 What to try next
@@ -51,7 +49,8 @@ def run_comparison(out: Path, console: Console, *, steps: int | None, seed: int)
     with ConsoleObserver(console) as observer:
         runs = train_all(arms, observer)
     write_report(runs, out / "report.html")
-    save_figures([figure for figure in figures(runs) if figure.title in PICTURED], out / "compare.png")
+    drawn = [figure for section in figures(runs) for figure in section.figures if figure.key in PICTURED]
+    save_figures(drawn, out / "compare.png")
     _print_results(runs, console)
     console.print(f"report   {out / 'report.html'}\nfigure   {out / 'compare.png'}", markup=False)
 
@@ -62,11 +61,11 @@ def _recipe(overrides: list[str], steps: int | None, seed: int) -> Recipe:
 
 
 def _print_results(runs: list[RunData], console: Console) -> None:
-    headings, rows = results_table(runs)
+    results = results_table(runs)
     table = Table(box=SIMPLE, pad_edge=False)
-    for heading in headings:
+    for heading in results.headings:
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    for row in rows:
+    for row in results.rows:
         table.add_row(*row)
     console.print()
     console.print(table)

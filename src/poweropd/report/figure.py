@@ -74,3 +74,11 @@ class Figure:
     @property
     def is_empty(self) -> bool:
         return not (self.lines or self.bars or self.plane)
+
+
+@dataclass(frozen=True)
+class Section:
+    """Figures that answer one question."""
+
+    title: str
+    figures: list[Figure]

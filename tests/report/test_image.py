@@ -1,0 +1,40 @@
+"""Figures as files for a paper, through the command."""
+
+from pathlib import Path
+
+import pytest
+from made_up import made_up
+from typer.testing import CliRunner
+
+from poweropd.cli import app
+from poweropd.errors import RunError
+from poweropd.report.image import save_each
+
+FIGURES = [figure for section in made_up(2).sections for figure in section.figures]
+DRAWN = {"gradient-norm", "accuracy", "rewards", "plane"}
+
+
+def test_one_file_a_figure_named_by_its_key(tmp_path: Path) -> None:
+    files = save_each(FIGURES, tmp_path / "new" / "folder")
+    assert {file.name for file in files} == {f"{key}.png" for key in DRAWN}
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+
+
+def test_fonts_of_a_pdf_are_embedded_as_fonts(tmp_path: Path) -> None:
+    for file in save_each(FIGURES, tmp_path, "pdf"):
+        pdf = file.read_bytes()
+        assert pdf.startswith(b"%PDF")
+        assert b"/FontFile2" in pdf  # TrueType
+        assert b"/Type3" not in pdf
+
+
+def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(RunError, match="there is a file of that name; give a folder"):
+        save_each(FIGURES, tmp_path / "taken")
+
+
+def test_a_format_without_a_folder_is_refused(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["report", str(tmp_path), "--format", "pdf"])
+    assert result.exit_code == 1
+    assert result.stderr.strip() == "error: --format pdf is of the files that --figures DIR writes; add --figures DIR"
