@@ -66,7 +66,7 @@ def test_several_runs_side_by_side(run: Path, tmp_path: Path) -> None:
     recipe = other / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("alpha: 5", "alpha: 1").replace("seed: 0", "seed: 7"))
     differing = comparison([runs[0], read_run(other)])
-    assert differing == "The recipes differ in objective.alpha, train.seed; all else is equal."
+    assert differing == "The recipes differ in objective.alpha, train.seed, evaluation.seed; all else is equal."
     names = {line.name for figure in drawn(runs) for line in figure.lines}
     assert {"one", "two", "teacher"} <= names
     save_figures(drawn(runs)[:4], tmp_path / "figure.png")

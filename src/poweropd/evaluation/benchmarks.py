@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from poweropd.errors import ConfigError
+from poweropd.evaluation.summary import PAPER_ORDER
 from poweropd.prompts import read_rows, reference_answer
 from poweropd.sections import DataConfig
 
@@ -59,7 +60,6 @@ class Benchmark:
         )  # fmt: skip
 
 
-# In the column order of the tables of PowerOPD, arXiv 2606.17199.
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
     for benchmark in (
@@ -87,7 +87,7 @@ class Preset:
     temperature: float
 
 
-PRESETS = {"paper": Preset(tuple(BENCHMARKS), samples=8, max_new_tokens=4096, temperature=0.6)}
+PRESETS = {"paper": Preset(PAPER_ORDER, samples=8, max_new_tokens=4096, temperature=0.6)}
 
 
 def benchmark(name: str) -> Benchmark:

@@ -120,7 +120,9 @@ def evaluate(
         on_progress(len(samples) // sampling.samples_per_prompt, total, _accuracy(samples))
     order = {prompt.id: place for place, prompt in enumerate(problems.prompts)}
     samples.sort(key=lambda sample: order[sample["id"]])
-    return record.finish({"benchmark": problems.name, "title": problems.title, **summarise(samples)})
+    return record.finish(
+        {"benchmark": problems.name, "title": problems.title, "version": problems.version, **summarise(samples)}
+    )
 
 
 def decode_response(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> str:

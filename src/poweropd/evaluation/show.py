@@ -4,19 +4,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from poweropd.errors import RunError
-from poweropd.evaluation.benchmarks import BENCHMARKS
 from poweropd.evaluation.metrics import Estimate, bootstrap, bootstrap_of_means, paired, pass_at_k
-from poweropd.evaluation.summary import Summaries, pass_ks, solved
+from poweropd.evaluation.summary import Summaries, in_paper_order, pass_ks, solved
 
 
 class Table(NamedTuple):
     headings: list[str]
     rows: list[list[str]]
-
-
-def in_paper_order(names: Mapping[str, Any]) -> list[str]:
-    """Benchmarks as the paper orders them, then the others."""
-    return [name for name in BENCHMARKS if name in names] + [name for name in names if name not in BENCHMARKS]
 
 
 def results(summaries: Summaries, further_ks: tuple[int, ...] = ()) -> Table:

@@ -1,13 +1,14 @@
 """Graded samples to the numbers of an evaluation."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from poweropd.evaluation.metrics import bootstrap, maj_at_k, pass_at_k
 
 Sample = Mapping[str, Any]
 Summaries = Mapping[str, Mapping[str, Any]]  # by benchmark
+PAPER_ORDER = ("gsm8k", "math500", "amc23", "aime24", "aime25", "minerva_math", "olympiadbench")  # arXiv 2606.17199
 
 
 def summarise(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -57,6 +58,12 @@ def _votes(rows: Sequence[Sample]) -> list[tuple[str, bool]]:
 def solved(summary: Mapping[str, Any]) -> dict[str, float]:
     """The share of correct samples of each problem, for paired comparison."""
     return {problem: number / summary["samples"] for problem, number in summary["correct"].items()}
+
+
+def in_paper_order(benchmarks: Iterable[str]) -> list[str]:
+    """The paper's benchmarks in its order of columns, then the others by name."""
+    names = set(benchmarks)
+    return [name for name in PAPER_ORDER if name in names] + sorted(names - set(PAPER_ORDER))
 
 
 def results(summary: Mapping[str, Any]) -> dict[str, Any]:

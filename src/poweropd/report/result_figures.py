@@ -5,10 +5,11 @@ from itertools import cycle
 from math import isnan
 
 from poweropd.evaluation.metrics import Estimate
+from poweropd.evaluation.summary import in_paper_order
 from poweropd.report.curves import FEW, STYLES
 from poweropd.report.figure import TEACHER, Figure, Line
 from poweropd.report.runs import RunData, Summaries
-from poweropd.report.scores import Shared, distinct, in_paper_order, mean, on_shared_problems, samples, title
+from poweropd.report.scores import Shared, distinct, mean, on_shared_problems, samples, title
 
 Points = list[tuple[int, Estimate]]
 BAND = "The band is the 95 % bootstrap interval over problems."

@@ -6,9 +6,9 @@ from functools import lru_cache
 from math import nan, sqrt
 
 from poweropd.evaluation.metrics import Estimate, Paired, bootstrap, bootstrap_of_means, paired_of_means
+from poweropd.evaluation.summary import in_paper_order
 from poweropd.report.runs import Record, Summaries, is_number
 
-PAPER_ORDER = ("gsm8k", "math500", "amc23", "aime24", "aime25", "minerva_math", "olympiadbench")
 AT_K = ("avg", "pass", "maj")  # measures whose name ends in the number of samples
 
 
@@ -26,12 +26,6 @@ class Shared:
     benchmarks: list[str]
     problems: int | None
     whole: bool
-
-
-def in_paper_order(benchmarks: Sequence[str]) -> list[str]:
-    """The paper's benchmarks in its order of columns, then the others by name."""
-    known = [name for name in PAPER_ORDER if name in benchmarks]
-    return known + sorted(set(benchmarks) - set(known))
 
 
 def samples(*models: Summaries) -> str:

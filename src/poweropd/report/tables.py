@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from poweropd.evaluation.metrics import Paired
+from poweropd.evaluation.summary import in_paper_order
 from poweropd.report.runs import Record, RunData, Summaries
-from poweropd.report.scores import compare, distinct, estimate, in_paper_order, mean, samples, title
+from poweropd.report.scores import compare, distinct, estimate, mean, samples, title
 from poweropd.report.verdict import interval, ranking
 
 PHASES = ("rollout", "teacher", "update")
