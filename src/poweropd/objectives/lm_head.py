@@ -130,12 +130,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def softmax_of(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Log-normaliser [B] and probabilities [B, V].
 
-    With m the largest logit, its probability is exp(m - normaliser) >= 1/V: the normaliser comes from one number a row
-    and no second pass over the block.
+    With m the largest logit, its probability is exp(m - normaliser) >= 1/V: the normaliser comes from one number a row,
+    without another exponential.
     """
-    largest, where = logits.max(dim=1)
     probabilities = torch.softmax(logits, dim=1)
-    return largest - probabilities.gather(1, where[:, None])[:, 0].log(), probabilities
+    return logits.amax(dim=1) - probabilities.amax(dim=1).log(), probabilities
 
 
 def head_logits(hidden: Tensor, head: LMHead) -> Tensor:
