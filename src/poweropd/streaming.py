@@ -191,6 +191,4 @@ class Plane(Streaming):
         """First place, second place, count and mean number of every cell that is not empty."""
         counts, finite, sums = self.sums.cpu()
         means = (sums / finite).tolist()
-        return [
-            (a, b, int(counts[a, b]), means[a][b] if finite[a, b] else None) for a, b in counts.nonzero().tolist()
-        ]
+        return [(a, b, int(counts[a, b]), means[a][b] if finite[a, b] else None) for a, b in counts.nonzero().tolist()]

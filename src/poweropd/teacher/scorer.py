@@ -1,6 +1,7 @@
 """The protocol of every teacher."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from poweropd.errors import ConfigError
@@ -30,8 +31,8 @@ class TeacherScorer(Protocol):
 
 def teacher_scores(found: TokenScores, needs: Needs) -> TeacherScores:
     """What was found of a rollout's tokens, as far as it was asked for."""
-    top = (found.top_ids, found.top_logprobs) if needs == "top_k" else (None, None)
-    return TeacherScores(found.logprobs, found.entropies, *top, top1_ids=found.top1_ids)
+    scores = TeacherScores(found.logprobs, found.entropies, top1_ids=found.top1_ids)
+    return replace(scores, top_ids=found.top_ids, top_logprobs=found.top_logprobs) if needs == "top_k" else scores
 
 
 GIVES = {
