@@ -21,6 +21,7 @@ from poweropd.objectives.lm_head import (
     LogProbs,
     Tiles,
     blocks,
+    likeliest,
     logits_of,
     softmax_of,
     through_logits,
@@ -67,7 +68,7 @@ def token_scores(hidden: Tensor, head: LMHead, target_ids: Tensor, *, k: int = 0
                 top = logits.topk(k, dim=1)
                 top_ids[rows] = top.indices
                 top_logprobs[rows] = top.values - normaliser[:, None]
-            top1_ids[rows] = logits.max(dim=1).indices
+            top1_ids[rows] = likeliest(logits)
     return TokenScores(logprobs, entropies, top_ids, top_logprobs, top1_ids)
 
 
@@ -88,7 +89,7 @@ def distribution_scores(distribution: Distribution, target_ids: Tensor, *, k: in
             logprobs[rows] = every.gather(1, targets[rows, None])[:, 0]
             entropies[rows] = -torch.einsum("bv,bv->b", every.exp(), every)
             top_logprobs[rows], top_ids[rows] = every.topk(k, dim=1)
-            top1_ids[rows] = every.max(dim=1).indices
+            top1_ids[rows] = likeliest(every)
     return TokenScores(logprobs, entropies, top_ids, top_logprobs, top1_ids)
 
 
@@ -195,11 +196,11 @@ def _sweep(
             known = inputs.rows(rows)
             if "teacher" in whole:
                 known["teacher_logprobs"] = whole["teacher"].gather(1, known["target_ids"][:, None])[:, 0]
-                known["top1_ids"] = whole["teacher"].max(dim=1).indices
+                known["top1_ids"] = likeliest(whole["teacher"])
                 teacher_entropies[rows] = -whole["teacher"].exp().mul_(whole["teacher"]).sum(1)
             if "top1_ids" in known:
-                likeliest = shaped.logits.gather(1, known["top1_ids"][:, None])[:, 0] == shaped.logits.amax(dim=1)
-                agreement[rows] = likeliest.to(agreement.dtype)
+                of_theirs = shaped.logits.gather(1, known["top1_ids"][:, None])[:, 0]
+                agreement[rows] = (of_theirs == shaped.logits.amax(dim=1)).to(agreement.dtype)
             found = part(shaped, loss, known | whole, rows)
             at, logprobs[rows], entropies[rows] = found.at, found.at.logprobs, found.entropies
             advantages[rows], values[rows], divergences[rows] = found.advantages, found.values, found.divergences
