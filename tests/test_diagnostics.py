@@ -297,6 +297,9 @@ def test_what_is_not_known_is_left_out(make_student: Callable[..., Student], tea
     budget = [replace(item, rollout=replace(item.rollout, finish_reason="length")) for item in scored]
     assert missing(budget) == {"end_token/log_ratio"}
 
+    nothing, _ = measured(student, scored, objective, masked_ids=range(512))
+    assert (nothing.metrics(), nothing.position_records(0)) == ({}, [])
+    assert nothing.distribution_record(0) == {"step": 0, "tokens": 0}
     supervised, _ = measured(student, [ScoredRollout(item.rollout) for item in golden], build("sft"))
     assert {key for key in supervised.metrics() if not key.startswith("reward/")} == {"entropy/student"}
     record = supervised.distribution_record(0)

@@ -173,11 +173,10 @@ def _sweep(
     hidden: Tensor, head: LMHead, inputs: TokenInputs, loss: Loss, denominator: float, add: Add | None
 ) -> LossTerms:
     inputs = inputs.canonical(head)
-    columns = hidden.new_zeros((8, len(hidden)), dtype=wide(hidden.dtype))
+    columns = hidden.new_full((8, len(hidden)), torch.nan, dtype=wide(hidden.dtype))
     logprobs, entropies, teacher_logprobs, advantages, divergences, reference_kl, teacher_entropies, agreement = columns
-    teacher_logprobs.fill_(torch.nan if inputs.teacher_logprobs is None else 0)
-    teacher_entropies.copy_(_or_nan(inputs.teacher_entropies, like=logprobs))
-    agreement.fill_(torch.nan)
+    if inputs.teacher_entropies is not None:
+        teacher_entropies.copy_(inputs.teacher_entropies)
     values = torch.zeros_like(logprobs)
     others = {name: getattr(inputs, name) for name in ("teacher", "reference")}
     for distribution in others.values():
@@ -216,10 +215,6 @@ def _sweep(
             add(tile, products, scale / denominator)
     total = (values.double() - advantages.double() * logprobs.double()).sum() / denominator
     return LossTerms(total.to(columns.dtype), *columns)
-
-
-def _or_nan(values: Tensor | None, *, like: Tensor) -> Tensor:
-    return torch.full_like(like, torch.nan) if values is None else values
 
 
 class _Part(NamedTuple):
