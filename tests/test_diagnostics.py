@@ -218,6 +218,19 @@ def test_the_same_numbers_in_other_parts_give_the_same_counts(
     close(merged.metrics(), whole.metrics())
 
 
+def test_one_rank_off_policy_leaves_out_what_needs_the_students_own_tokens(
+    make_student: Callable[..., Student], teacher: HFTeacher
+) -> None:
+    objective, student = OBJECTIVES["power"], make_student()
+    scored = judge(some_rollouts(), objective, teacher)
+    others = [replace(item, rollout=replace(item.rollout, source="teacher")) for item in scored]
+    mine, theirs = (measured(student, part, objective)[0] for part in (scored[:3], others[3:]))
+    alone = mine.metrics()
+    for part, other in zip(mine.parts, theirs.parts, strict=True):
+        part.merge(other)
+    assert set(alone) - set(mine.metrics()) == {"kl/k1", "kl/k2", "kl/k3"}
+
+
 def test_memory_does_not_grow_with_tokens(make_student: Callable[..., Student], teacher: HFTeacher) -> None:
     objective, student, sizes = OBJECTIVES["power"], make_student(), []
     for rollouts in (make_rollouts([(2, 3)]), make_rollouts([(2, 60)] * 8)):

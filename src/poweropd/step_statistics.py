@@ -20,6 +20,8 @@ HEAVY_TAIL = 5.0  # |log-ratio| beyond which a token counts as tail, in nats
 POSITION_BINS = 24  # 0, 1, 2-3, 4-7, ...: the last one begins at four million tokens
 CELLS = 20  # of the plane of probabilities, along each axis
 
+OF_DRAWN = ("kl/k1", "kl/k2", "kl/k3", "divergence/estimate")  # speak of tokens that the student drew, and of no others
+
 SIGNALS = {"reward": "advantages", "divergence": "divergences"}
 """What is shown of each token: by the name in the records, the field of `LossTerms`."""
 
@@ -101,11 +103,11 @@ class StepStatistics:
             numbers["reward/sign_agreement"] = _where(both, (signal > 0) == (log_ratio > 0))
         if self._is_full_softmax:
             numbers["rollout/mismatch"] = (logprobs - batch.own_logprobs.double()).abs()
-        if self._is_on_policy:
-            numbers["kl/k1"] = -log_ratio
-            numbers["kl/k2"] = log_ratio.square() / 2
-            numbers["kl/k3"] = torch.expm1(log_ratio) - log_ratio
-            estimate = self._objective.divergence_estimate(logprobs, teacher_logprobs)
+            drawn = log_ratio if self._is_on_policy else torch.full_like(log_ratio, torch.nan)
+            numbers["kl/k1"] = -drawn
+            numbers["kl/k2"] = drawn.square() / 2
+            numbers["kl/k3"] = torch.expm1(drawn) - drawn
+            estimate = self._objective.divergence_estimate(logprobs, logprobs + drawn)
             if estimate is not None:
                 numbers["divergence/estimate"] = estimate
         if self._objective.needs_of_reference != "nothing":
@@ -114,8 +116,10 @@ class StepStatistics:
 
     def metrics(self) -> dict[str, float]:
         """Of the tokens, for metrics.jsonl."""
-        counts, means = self._means.count.tolist(), self._means.mean.tolist()
-        there = {key: mean for key, mean, count in zip(self._keys, means, counts, strict=True) if count}
+        counts = dict(zip(self._keys, self._means.count.tolist(), strict=True))
+        means = zip(self._keys, self._means.mean.tolist(), strict=True)
+        all_drawn = counts.get("kl/k1") == counts.get("log_ratio")  # on every rank
+        there = {key: mean for key, mean in means if counts[key] and (all_drawn or key not in OF_DRAWN)}
         found: dict[str, float] = {}
         for key, described in zip(self._keys, _described(self._means, self._sketch), strict=False):
             if there.pop(key, None) is not None:
