@@ -33,11 +33,16 @@ def test_every_per_token_tensor_speaks_of_target_ids() -> None:
     assert batch.inputs.rollout_logprobs is not None
     assert batch.inputs.rollout_logprobs.isnan().all()  # the student's own: nothing to correct
     assert batch.rows.tolist() == [0, 0, 1, 1, 1]
+    assert batch.places.tolist() == [0, 1, 0, 1, 2]
+    assert batch.ends.tolist() == [False, True, False, False, False]
+    own = torch.tensor([-0.1, torch.nan, -0.3, -0.4, -0.5])  # merged end tokens have no counterpart in a sampler
+    torch.testing.assert_close(batch.own_logprobs, own, equal_nan=True)
     assert batch.num_loss_tokens == 5
 
 
 def test_off_policy_tokens_keep_their_sampling_probability() -> None:
     batch = collate([ScoredRollout(replace(A.rollout, source="teacher")), B], pad_id=0)
+    assert batch.own_logprobs.isnan().tolist() == [True, True, False, False, False]
     assert batch.inputs.rollout_logprobs is not None
     torch.testing.assert_close(
         batch.inputs.rollout_logprobs, torch.tensor([-0.1, -0.2] + 3 * [torch.nan]), equal_nan=True
@@ -51,6 +56,8 @@ def test_a_masked_token_leaves_the_loss_wherever_it_stands() -> None:
     assert batch.inputs.teacher_logprobs is not None
     assert batch.inputs.teacher_logprobs.tolist() == [-2, -3, -5]
     assert batch.rows.tolist() == [0, 1, 1]
+    assert batch.places.tolist() == [1, 0, 2]
+    assert batch.ends.tolist() == [True, False, False]
 
 
 def test_shorter_rows_are_padded_on_the_right_and_masked() -> None:

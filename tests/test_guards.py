@@ -18,6 +18,7 @@ from poweropd.policy import Student
 from poweropd.runlog import status_of
 from poweropd.sections import GuardConfig
 from poweropd.teacher.hf import HFTeacher
+from poweropd.teacher.scorer import judge
 from poweropd.train import recipe_to_resume, train
 from poweropd.types import ScoredRollout
 from poweropd.update import MicroBatches, accumulate_gradient
@@ -39,6 +40,21 @@ def test_the_token_that_broke_a_step_is_named(
     message = str(error.value)
     assert f"step 7: not finite at token 2 ({token!r}) of the response to prompt p1: reward nan" in message
     assert "No update was made" in message
+
+
+@pytest.mark.parametrize("tokens", [1, 10_000])
+def test_the_first_of_several_broken_tokens_is_named(
+    tokens: int, make_student: Callable[..., Student], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """The first in the order of the rollouts, of which the longest comes first in the micro-batches."""
+    student, objective, rollouts = make_student(), build("log_ratio"), make_rollouts([(3, 4), (2, 5), (9, 9)])
+    scored = judge(rollouts, objective, HFTeacher(make_model(seed=1), vocab_size=512))
+    for index, places in ((1, (3, 4)), (2, (0,))):
+        scored[index].scores.logprobs[list(places)] = math.nan
+    how = MicroBatches(tokens=tokens, pad_id=0)
+    result = accumulate_gradient(student, scored, objective, how, keep=0)
+    with pytest.raises(NonFiniteError, match=r"not finite at token 3 .* of the response to prompt p1: reward nan"):
+        guards.refuse_non_finite(result, student.gradient_norm(), rollouts, tokenizer, step=7)
 
 
 def test_an_overflow_of_the_backward_pass_is_told_apart(

@@ -57,7 +57,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 def log(out: Path) -> list[dict]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(("time/", "tokens_per"))} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(("time/", "tokens_per", "memory/"))} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_killed_and_resumed_equals_not_killed(moment: str, unbroken: Path, tmp_p
     assert expected.keys() == got.keys()
     assert all(torch.equal(expected[name], got[name]) for name in expected)
     assert log(out) == log(unbroken)
-    for name in ("rollouts.jsonl", "positions.jsonl", "eval/000006/held_out.jsonl"):
+    for name in ("rollouts.jsonl", "positions.jsonl", "distributions.jsonl", "eval/000006/held_out.jsonl"):
         assert (out / name).read_text() == (unbroken / name).read_text(), name
     summaries = [json.loads((run / "summary.json").read_text()) for run in (unbroken, out)]
     for summary in summaries:
@@ -183,6 +183,7 @@ def test_the_run_directory_is_the_whole_record(unbroken: Path) -> None:
         "metrics.jsonl",
         "rollouts.jsonl",
         "positions.jsonl",
+        "distributions.jsonl",
         "summary.json",
         "report.html",
     } <= names

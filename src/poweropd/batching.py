@@ -53,6 +53,9 @@ def collate(
         response_mask[index, start:stop] = 1
         loss_mask[index, start:stop] = kept.long()
     rows = torch.arange(len(scored)).repeat_interleave(loss_mask.sum(1))
+    places = torch.cat([kept.nonzero()[:, 0] for kept in trained])
+    final = torch.tensor([len(r) - 1 if r.finish_reason == "stop" else -1 for r in rollouts])
+    ends = places == final[rows]
 
     def of_loss_tokens(values: Sequence[Tensor | None]) -> Tensor | None:
         """[N, ...] from one `[response, ...]` tensor a rollout; None where one is missing."""
@@ -68,6 +71,8 @@ def collate(
         members = [of_loss_tokens(hidden) for hidden in zip(*(item.hidden for item in there), strict=True)]
         return replace(there[0], hidden=tuple(member for member in members if member is not None))
 
+    own = of_loss_tokens([_logprobs(rollout, where=rollout.source == "student") for rollout in rollouts])
+    assert own is not None
     scores, references = [item.scores for item in scored], [item.reference for item in scored]
     inputs = TokenInputs(
         target_ids=target_ids[loss_mask.bool()],
@@ -75,17 +80,26 @@ def collate(
         teacher_entropies=of_loss_tokens([score.entropies for score in scores]),
         top_ids=of_loss_tokens([score.top_ids for score in scores]),
         top_logprobs=of_loss_tokens([score.top_logprobs for score in scores]),
-        rollout_logprobs=of_loss_tokens([_off_policy_logprobs(rollout) for rollout in rollouts]),
+        top1_ids=of_loss_tokens([score.top1_ids for score in scores]),
+        rollout_logprobs=of_loss_tokens(
+            [_logprobs(rollout, where=rollout.source not in ("student", "golden")) for rollout in rollouts]
+        ),
         reference_logprobs=of_loss_tokens([reference.logprobs for reference in references]),
         teacher=whole([score.distribution for score in scores]),
         reference=whole([reference.distribution for reference in references]),
     )
-    return TokenBatch(input_ids, attention_mask, target_ids, response_mask, loss_mask, inputs, rows)
-
-
-def trained_places(rollout: Rollout, masked_end_ids: Sequence[int], masked_ids: Sequence[int]) -> Tensor:
-    """Which response tokens are trained on, as places in the response."""
-    return _trained(rollout, masked_end_ids, masked_ids).nonzero()[:, 0]
+    return TokenBatch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        target_ids=target_ids,
+        response_mask=response_mask,
+        loss_mask=loss_mask,
+        inputs=inputs,
+        rows=rows,
+        places=places,
+        ends=ends,
+        own_logprobs=own.masked_fill(ends, torch.nan),
+    )
 
 
 def _trained(rollout: Rollout, masked_end_ids: Sequence[int], masked_ids: Sequence[int]) -> Tensor:
@@ -95,11 +109,9 @@ def _trained(rollout: Rollout, masked_end_ids: Sequence[int], masked_ids: Sequen
     return kept
 
 
-def _off_policy_logprobs(rollout: Rollout) -> Tensor:
-    """[response], NaN where the student itself sampled or nobody did."""
-    if rollout.source in ("student", "golden"):
-        return torch.full((len(rollout),), torch.nan)
-    return torch.tensor(rollout.rollout_logprobs)
+def _logprobs(rollout: Rollout, *, where: bool) -> Tensor:
+    """[response] under the distribution sampled from, or NaN."""
+    return torch.tensor(rollout.rollout_logprobs if where else (torch.nan,) * len(rollout))
 
 
 def _response_span(rollout: Rollout) -> tuple[int, int]:

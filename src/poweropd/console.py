@@ -1,5 +1,6 @@
 """A run in a terminal: a live progress bar, or plain lines where there is no terminal."""
 
+import math
 import sys
 import time
 from types import TracebackType
@@ -51,7 +52,7 @@ class ConsoleObserver:
     def on_step(self, step: int, steps: int, metrics: dict[str, float], name: str = "train") -> None:
         signal = "divergence" if "divergence/mean" in metrics else "reward"
         facts = (
-            f"{signal} {metrics[f'{signal}/mean']:+.3f}  length {metrics['length/mean']:.0f}"
+            f"{signal} {metrics.get(f'{signal}/mean', math.nan):+.3f}  length {metrics['length/mean']:.0f}"
             f"  cut {metrics['truncation']:.0%}  {metrics['tokens_per_second']:,.0f} tok/s"
         )
         self._advance(name, step, steps, facts)

@@ -8,11 +8,11 @@ import torch
 
 from poweropd.assembly import Parts, assemble
 from poweropd.config import Recipe, label
-from poweropd.diagnostics import sampler_gap
 from poweropd.guards import MISMATCH_ALARM
 from poweropd.overlap import Problem, overlaps
 from poweropd.pair import head_rows
 from poweropd.rollout.engine import Sampling
+from poweropd.step_statistics import StepStatistics
 from poweropd.teacher.scorer import judge
 from poweropd.types import Prompt, Rollout
 from poweropd.update import accumulate_gradient
@@ -147,8 +147,11 @@ def _main_memory() -> int:
 
 
 def _probe(parts: Parts) -> list[Rollout]:
-    sampling = Sampling(stop_ids=parts.sampling.stop_ids, max_new_tokens=PROBE_TOKENS)
-    return parts.student_engine.generate(parts.stream.take(0, 2), sampling, seed=0)
+    return parts.student_engine.generate(parts.stream.take(0, 2), _probe_sampling(parts), seed=0)
+
+
+def _probe_sampling(parts: Parts) -> Sampling:
+    return Sampling(stop_ids=parts.sampling.stop_ids, max_new_tokens=PROBE_TOKENS)
 
 
 def _determinism(name: str, parts: Parts, rollouts: list[Rollout]) -> Check:
@@ -169,8 +172,11 @@ def _determinism(name: str, parts: Parts, rollouts: list[Rollout]) -> Check:
 
 def _sampler_parity(parts: Parts, rollouts: list[Rollout]) -> Check:
     scored = judge(rollouts, parts.objective, parts.teacher, parts.reference)
-    result = accumulate_gradient(parts.student, scored, parts.objective, parts.how)
+    seen = StepStatistics(
+        parts.objective, rollouts, _probe_sampling(parts), detailed=False, device=parts.student.device
+    )
+    accumulate_gradient(parts.student, scored, parts.objective, parts.how, watch=seen.add, keep=0)
     parts.student.optimizer.zero_grad()
-    gap = sampler_gap(scored, result.terms)
+    gap = seen.metrics().get("rollout/mismatch", 0.0)
     verdict: Literal["ok", "warn"] = "ok" if gap <= MISMATCH_ALARM else "warn"
     return Check("sampler parity", verdict, f"sampler and trainer differ by {gap:.1e} nats a token about the student")

@@ -1,10 +1,10 @@
 """When a run must stop, or say loudly that something is wrong."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from poweropd.errors import NonFiniteError
@@ -24,26 +24,21 @@ def refuse_non_finite(
     Raises:
         NonFiniteError: the loss or its gradient is not finite; names step, prompt, token and reward of the first cause.
     """
-    if torch.isfinite(torch.tensor([result.loss, grad_norm])).all():
+    if math.isfinite(result.loss) and math.isfinite(grad_norm):
         return
-    for rollout, terms in zip(rollouts, result.terms, strict=True):
-        signal = terms.advantages + terms.divergences
-        bad = ~(torch.isfinite(terms.logprobs) & torch.isfinite(signal))
-        if bad.any():
-            at = int(bad.nonzero()[0])
-            place = int(terms.places[at])
-            token = tokenizer.decode([rollout.response_ids[place]])
-            finite = torch.isfinite(torch.stack([terms.logprobs[at], terms.teacher_logprobs[at]])).all()
-            advice = (
-                "the models are too far apart for it: set objective.ratio_limit, or choose a bounded objective such as power"
-                if step == 0 and finite
-                else "try a lower learning rate"
-            )
-            raise NonFiniteError(
-                f"step {step}: not finite at token {place} ({token!r}) of the response to prompt {rollout.prompt.id}: reward "
-                f"{signal[at]:g}, log-probability {terms.logprobs[at]:g} (student), "
-                f"{terms.teacher_logprobs[at]:g} (teacher). No update was made, {advice}"
-            )
+    if (bad := result.non_finite) is not None:
+        rollout = rollouts[bad.rollout]
+        token = tokenizer.decode([rollout.response_ids[bad.place]])
+        advice = (
+            "the models are too far apart for it: set objective.ratio_limit, or choose a bounded objective such as power"
+            if step == 0 and math.isfinite(bad.logprob) and math.isfinite(bad.teacher_logprob)
+            else "try a lower learning rate"
+        )
+        raise NonFiniteError(
+            f"step {step}: not finite at token {bad.place} ({token!r}) of the response to prompt {rollout.prompt.id}: reward "
+            f"{bad.signal:g}, log-probability {bad.logprob:g} (student), "
+            f"{bad.teacher_logprob:g} (teacher). No update was made, {advice}"
+        )
     raise NonFiniteError(
         f"step {step}: loss {result.loss:g}, gradient norm {grad_norm:g}, though every reward is finite: the backward "
         "pass overflowed. No update was made, try a lower learning rate or precision float32"

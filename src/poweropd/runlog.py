@@ -15,7 +15,7 @@ from typing import Any, Literal, Self, TextIO
 from poweropd.errors import RunError
 
 Status = Literal["running", "finished", "interrupted", "failed"]
-LOGS = ("metrics", "rollouts", "positions")
+LOGS = ("metrics", "rollouts", "positions", "distributions")
 RECIPE, MANIFEST, SUMMARY, LOCK = "recipe.yaml", "manifest.json", "summary.json", ".lock"
 CHECKPOINTS, STUDENT = "checkpoints", "student"
 

@@ -264,7 +264,7 @@ class GuardConfig(Section):
 
 class LogConfig(Section):
     rollouts_every: Positive = 10
-    """Steps between entries of rollouts.jsonl and positions.jsonl."""
+    """Steps between entries of rollouts.jsonl, positions.jsonl and distributions.jsonl."""
     rollouts: NonNegative = 4
     """Rollouts written each time."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []

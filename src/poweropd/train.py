@@ -11,14 +11,7 @@ import torch
 from poweropd import checkpoint, guards
 from poweropd.assembly import assemble
 from poweropd.config import Recipe, label, load_recipe
-from poweropd.diagnostics import (
-    Clock,
-    position_records,
-    repetition,
-    rollout_records,
-    stability_metrics,
-    step_metrics,
-)
+from poweropd.diagnostics import Clock, GradNorms, loss_metrics, rollout_metrics, rollout_records
 from poweropd.errors import CollapseError, NonFiniteError, RunError
 from poweropd.evaluation.grading import Grader
 from poweropd.evaluation.runner import evaluate
@@ -31,6 +24,7 @@ from poweropd.rollout.engine import Sampler
 from poweropd.rollout.golden import GoldenEngine
 from poweropd.rollout.sources import off_policy_notes
 from poweropd.runlog import CHECKPOINTS, RECIPE, STUDENT, SUMMARY, RunDirectory
+from poweropd.step_statistics import StepStatistics
 from poweropd.teacher.scorer import judge
 from poweropd.trackers import Trackers, require
 from poweropd.types import Prompt, ScoredRollout
@@ -118,6 +112,7 @@ class _Training:
         self._guard = guards.CollapseGuard(recipe.guard)
         self._reference_kl = Coefficient.of(self._parts.objective.settings, "reference_kl")
         self._golden = Coefficient.of(self._parts.objective.settings, "golden")
+        self._grad_norms = GradNorms()
         self._started = time.monotonic()
         self._seconds_before = 0.0  # of earlier sessions of this run, up to the checkpoint
 
@@ -153,40 +148,41 @@ class _Training:
         self._run.set_status("finished")
 
     def _loop(self, start: int) -> None:
-        config, parts = self._recipe.train, self._parts
+        config, log, parts = self._recipe.train, self._recipe.log, self._parts
+        tokenizer, device = parts.pair.tokenizer, parts.student.device
         with StopRequest(lambda: self._observer.say("stopping after this step; once more to stop at once")) as stop:
             for step in range(start, config.steps):
-                clock = Clock()
+                done = step + 1
+                clock = Clock(device)
                 prompts = parts.stream.take(step, config.prompts_per_step)
                 rollouts = parts.engine.generate(prompts, parts.sampling, seed=step_seed(config.seed, step))
                 clock.lap("rollout")
                 objective = self._objective_at(step)
                 scored = judge(rollouts, objective, parts.teacher, parts.reference)
                 clock.lap("teacher")
-                result = accumulate_gradient(parts.student, scored, objective, parts.how)
+                in_detail = step % log.rollouts_every == 0 or done == config.steps
+                seen = StepStatistics(objective, rollouts, parts.sampling, device=device, detailed=in_detail)
+                keep = log.rollouts if in_detail else 0
+                result = accumulate_gradient(parts.student, scored, objective, parts.how, watch=seen.add, keep=keep)
                 golden = self._add_golden_answers(prompts, objective)
                 grad_norm = parts.student.gradient_norm()
-                guards.refuse_non_finite(result, grad_norm, rollouts, parts.pair.tokenizer, step)
+                guards.refuse_non_finite(result, grad_norm, rollouts, tokenizer, step)
                 update = parts.student.update(step, grad_norm)
-                parts.engine.update_weights(version=step + 1)
+                parts.engine.update_weights(version=done)
                 clock.lap("update")
 
-                done = step + 1
-                metrics = step_metrics(scored, result, objective, parts.sampling)
-                metrics |= stability_metrics(result, golden, objective)
+                metrics = loss_metrics(result, golden, objective) | {"lr": update.lr} | seen.metrics()
+                metrics |= rollout_metrics(step, rollouts, tokenizer, parts.sampling)
+                metrics |= self._grad_norms.metrics(update.grad_norm) | clock.metrics(result.num_loss_tokens)
                 self._reference_kl.observe(metrics.get("reference_kl/mean", 0.0))
-                metrics["repetition"] = repetition(rollouts, parts.pair.tokenizer, parts.sampling.max_new_tokens)
-                metrics |= {"grad_norm": update.grad_norm, "lr": update.lr, **clock.metrics(result.num_loss_tokens)}
                 self._run.append("metrics", {"step": step, **metrics})
                 self._trackers.log(done, metrics)
                 if step == 0 and (warning := guards.mismatch_warning(metrics)):
                     self._observer.warn(warning)
-                if step % self._recipe.log.rollouts_every == 0 or done == config.steps:
-                    self._run.append("positions", *position_records(step, result, objective))
-                    count = self._recipe.log.rollouts
-                    self._run.append(
-                        "rollouts", *rollout_records(step, scored, result, objective, parts.pair.tokenizer, count)
-                    )
+                if in_detail:
+                    self._run.append("positions", *seen.position_records(step))
+                    self._run.append("distributions", seen.distribution_record(step))
+                    self._run.append("rollouts", *rollout_records(step, scored, result.terms, objective, tokenizer))
                 self._observer.on_step(done, config.steps, metrics)
                 if _is_due(done, self._recipe.evaluation.every) and done < config.steps and parts.problems:
                     name = f"student at step {done}"
@@ -212,7 +208,7 @@ class _Training:
         answers = GoldenEngine().generate(prompts, self._parts.sampling, seed=0)
         scored = [ScoredRollout(answer) for answer in answers]
         student, how = self._parts.student, self._parts.how
-        return accumulate_gradient(student, scored, build("sft"), how, weight=objective.golden_weight)
+        return accumulate_gradient(student, scored, build("sft"), how, weight=objective.golden_weight, keep=0)
 
     def _heed(self, alarm: guards.Alarm) -> None:
         """Do what the recipe says of a collapse.
@@ -273,6 +269,7 @@ class _Training:
             "random": checkpoint.random_states(),
             "guard": self._guard.state(),
             "reference_kl": self._reference_kl.state(),
+            "grad_norms": self._grad_norms.state(),
         }
         meta = {"step": step, "seconds": self._seconds(), "logs": self._run.log_sizes()}
         try:
@@ -295,8 +292,9 @@ class _Training:
         self._parts.student.load_state(state["student"])
         self._parts.engine.update_weights(version=meta["step"])
         checkpoint.set_random_states(state["random"])
-        for name, part in (("guard", self._guard), ("reference_kl", self._reference_kl)):
-            if name in state:  # checkpoints of earlier versions know neither
+        stateful = ("guard", self._guard), ("reference_kl", self._reference_kl), ("grad_norms", self._grad_norms)
+        for name, part in stateful:
+            if name in state:  # checkpoints of earlier versions do not know all of them
                 part.load_state(state[name])
         self._run.rewind_logs(meta["logs"])
         self._seconds_before = meta["seconds"]

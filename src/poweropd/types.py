@@ -81,6 +81,7 @@ class TeacherScores:
         entropies: [T] of its distribution at each, in nats.
         top_ids, top_logprobs: [T, k], its likeliest tokens at each and log p of them, descending.
         distribution: its whole distribution at each.
+        top1_ids: [T], its likeliest token at each; None where it cannot tell.
     """
 
     logprobs: Tensor | None = None
@@ -88,6 +89,7 @@ class TeacherScores:
     top_ids: Tensor | None = None
     top_logprobs: Tensor | None = None
     distribution: Distribution | None = None
+    top1_ids: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,10 @@ class TokenBatch:
         attention_mask: [B, T], 1 on tokens.
         inputs: what is known of the N loss tokens, in row-major order of `loss_mask`.
         rows: [N], the row of each loss token.
+        places: [N], its place in the response, from 0.
+        ends: [N] bool, whether a response stopped with it.
+        own_logprobs: [N], the sampler's log-probability of it, where the student itself was the sampler and did not stop
+            with it, since merged end tokens have no counterpart in a sampler; else NaN.
     """
 
     input_ids: Tensor
@@ -123,6 +129,9 @@ class TokenBatch:
     loss_mask: Tensor
     inputs: TokenInputs
     rows: Tensor
+    places: Tensor
+    ends: Tensor
+    own_logprobs: Tensor
 
     @property
     def num_loss_tokens(self) -> int:

@@ -1,13 +1,15 @@
 """One gradient from scored rollouts: micro-batches, one student forward each, one denominator for all."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from poweropd.batching import collate, group_by_tokens, trained_places
+from poweropd.batching import collate, group_by_tokens
 from poweropd.objectives import Objective
+from poweropd.objectives.fused import LossTerms
 from poweropd.objectives.loss import loss_of, unshaped_terms
 from poweropd.objectives.objective import Shaped
 from poweropd.objectives.shaping import StepTokens
@@ -26,6 +28,7 @@ class RolloutTerms:
         advantages: what scales -log q of the token; 0 where the objective is exact.
         divergences: exact ones of the position; 0 where the objective is sampled.
         reference_kl: KL(student || initial student), exact or log q - log reference; 0 where it is not asked for.
+        teacher_entropies, top1_agreement: see `LossTerms`.
     """
 
     places: Tensor
@@ -35,15 +38,34 @@ class RolloutTerms:
     advantages: Tensor
     divergences: Tensor
     reference_kl: Tensor
+    teacher_entropies: Tensor
+    top1_agreement: Tensor
+
+
+@dataclass(frozen=True, order=True)
+class NonFiniteToken:
+    """A token whose signal (advantage or divergence) or whose log-probability by the student is not finite."""
+
+    rollout: int
+    place: int
+    signal: float
+    logprob: float
+    teacher_logprob: float
 
 
 @dataclass(frozen=True)
 class GradientResult:
-    """`terms` are those of each rollout, in the order given; the gradient itself lies in the student's parameters."""
+    """The gradient itself lies in the student's parameters.
+
+    Attributes:
+        terms: of the first rollouts, as many as were to be kept, in the order given.
+        non_finite: the first token in that order that spoilt the loss, if one did.
+    """
 
     loss: float
     num_loss_tokens: int
     terms: list[RolloutTerms]
+    non_finite: NonFiniteToken | None = None
 
 
 @dataclass(frozen=True)
@@ -65,13 +87,28 @@ class MicroBatches:
     importance_cap: float | None = None
 
 
+Watch = Callable[[TokenBatch, LossTerms], None]
+"""Sees each micro-batch once, with what the loss saw of its tokens, on the student's device."""
+
+
 def accumulate_gradient(
-    student: Student, scored: Sequence[ScoredRollout], objective: Objective, how: MicroBatches, *, weight: float = 1.0
+    student: Student,
+    scored: Sequence[ScoredRollout],
+    objective: Objective,
+    how: MicroBatches,
+    *,
+    weight: float = 1.0,
+    watch: Watch | None = None,
+    keep: int | None = None,
 ) -> GradientResult:
     """Add `weight` times the gradient of the objective over all rollouts to the student's parameters.
 
     The result does not depend on how the rollouts fall into micro-batches. An objective that needs the whole step costs
     one more student forward, without gradient.
+
+    Args:
+        watch: is shown every micro-batch.
+        keep: of how many rollouts the terms are kept, from the first; None: of all.
     """
     groups = list(_groups(scored, how.tokens))
     batches = [_batch([scored[index] for index in group], student, how) for group in groups]
@@ -79,6 +116,7 @@ def accumulate_gradient(
     shaped = _shape(student, batches, groups, scored, objective)
     loss = 0.0
     terms: dict[int, RolloutTerms] = {}
+    culprits: list[NonFiniteToken] = []
     for group, batch, shape in zip(groups, batches, shaped, strict=True):
         found = loss_of(
             objective,
@@ -90,13 +128,27 @@ def accumulate_gradient(
             importance_cap=how.importance_cap or torch.inf,
         )
         found.loss.backward()
-        loss += found.loss.item()
-        lengths = batch.loss_mask.sum(1).tolist()
-        columns = zip(*(values.cpu().split(lengths) for values in found[1:]), strict=True)
-        for index, column in zip(group, columns, strict=True):
-            places = trained_places(scored[index].rollout, how.masked_end_ids, how.masked_ids)
-            terms[index] = RolloutTerms(places, *column)
-    return GradientResult(loss, num_loss_tokens, [terms[index] for index in range(len(scored))])
+        found_loss = found.loss.item()
+        loss += found_loss
+        if not math.isfinite(found_loss):
+            culprits = sorted(culprits + _first_non_finite(group, batch, found))[:1]
+        if watch is not None:
+            watch(batch, found)
+        for row, index in enumerate(group):
+            if keep is None or index < keep:
+                terms[index] = RolloutTerms(*(column[batch.rows == row].cpu() for column in (batch.places, *found[1:])))
+    return GradientResult(loss, num_loss_tokens, [terms[index] for index in sorted(terms)], next(iter(culprits), None))
+
+
+def _first_non_finite(group: Sequence[int], batch: TokenBatch, terms: LossTerms) -> list[NonFiniteToken]:
+    """The first such token of a micro-batch; nothing if every one is finite."""
+    signal = terms.advantages + terms.divergences
+    bad = (~(terms.logprobs.isfinite() & signal.isfinite())).nonzero()[:, 0].tolist()
+    if not bad:
+        return []
+    rollout, place, at = min((group[int(batch.rows[at])], int(batch.places[at]), at) for at in bad)
+    numbers = (column[at].item() for column in (signal, terms.logprobs, terms.teacher_logprobs))
+    return [NonFiniteToken(rollout, place, *numbers)]
 
 
 def _groups(scored: Sequence[ScoredRollout], tokens: int) -> Iterator[list[int]]:

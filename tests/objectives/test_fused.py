@@ -12,7 +12,7 @@ from torch import Tensor
 
 from poweropd.objectives import Objective, build, lm_head
 from poweropd.objectives.fused import LossTerms, token_scores
-from poweropd.objectives.lm_head import Distribution, LMHead, head_logits
+from poweropd.objectives.lm_head import Distribution, LMHead, head_logits, likeliest
 from poweropd.objectives.loss import loss_of
 from poweropd.objectives.positions import TokenInputs
 
@@ -303,3 +303,40 @@ def test_memory_stays_far_below_one_logits_tensor(name: str, bound: float) -> No
     gc.collect()
     got = subprocess.run([sys.executable, "-c", MEMORY, *name.split()], capture_output=True, text=True, check=True)
     assert float(got.stdout) <= bound
+
+
+@pytest.mark.parametrize("size", [1, 127, 128, 129, 1000, 1024])
+def test_the_likeliest_is_the_argmax(size: int) -> None:
+    rows = torch.randn(200, size)
+    assert torch.equal(likeliest(rows), rows.argmax(dim=1))
+    place = torch.arange(size)
+    assert torch.equal(likeliest(torch.eye(size)), place)
+    assert likeliest(torch.zeros(1, size)) == 0  # the first of equals
+    assert likeliest(-place[None]) == 0
+    assert likeliest(place[None]) == size - 1
+
+
+@pytest.mark.parametrize("form", ["known", "whole"])
+def test_agreement_and_the_teachers_entropy(form: str) -> None:
+    """Whether the teacher's numbers come with the tokens or are found in the sweep; unknown is NaN."""
+    hidden, teacher_hidden = torch.randn(N, H), torch.randn(N, H)
+    weight = torch.randn(REAL_V, H)
+    head = LMHead(weight, vocab_size=REAL_V)
+    teacher_hidden[: N // 2] = hidden[: N // 2] * 2  # these agree
+    targets = torch.randint(0, REAL_V, (N,))
+    inputs = TokenInputs(targets, teacher=Distribution((teacher_hidden,), (head,)))
+    if form == "known":
+        inputs = TokenInputs(targets, *token_scores(teacher_hidden, head, targets))
+    objective = build("reverse_kl" if form == "whole" else "power")
+    got = loss_of(objective, hidden, head, inputs, denominator=N)
+    q, p = ((states @ weight.T).log_softmax(1) for states in (hidden, teacher_hidden))
+    agreement = (q.argmax(1) == p.argmax(1)).float()
+    assert agreement[: N // 2].all()
+    assert not agreement.all()
+    assert torch.equal(got.top1_agreement, agreement)
+    torch.testing.assert_close(got.teacher_entropies, -(p.exp() * p).sum(1), rtol=1e-4, atol=1e-5)
+    bare = loss_of(
+        build("power"), hidden, head, TokenInputs(targets, p.gather(1, targets[:, None])[:, 0]), denominator=N
+    )
+    assert bare.top1_agreement.isnan().all()
+    assert bare.teacher_entropies.isnan().all()

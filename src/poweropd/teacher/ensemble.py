@@ -6,9 +6,9 @@ import torch
 
 from poweropd.batching import group_by_tokens
 from poweropd.objectives import Needs
-from poweropd.objectives.fused import distribution_scores
+from poweropd.objectives.fused import TokenScores, distribution_scores
 from poweropd.objectives.lm_head import Distribution
-from poweropd.teacher.scorer import TeacherScorer
+from poweropd.teacher.scorer import TeacherScorer, teacher_scores
 from poweropd.types import Rollout, TeacherScores
 
 
@@ -47,7 +47,9 @@ class MixtureTeacher:
         for group in group_by_tokens(rollouts, self._tokens_per_batch):
             asked = [rollouts[index] for index in group]
             for index, rollout, distribution in zip(group, asked, self._distributions(asked), strict=True):
-                scores[index] = _numbers(rollout, distribution, k if needs == "top_k" else None)
+                target_ids = torch.tensor(rollout.response_ids, device=distribution.hidden[0].device)
+                found = distribution_scores(distribution, target_ids, k=k if needs == "top_k" else 0)
+                scores[index] = teacher_scores(TokenScores(*(column.cpu() for column in found)), needs)
         return [scores[index] for index in range(len(rollouts))]
 
     def _distributions(self, rollouts: Sequence[Rollout]) -> list[Distribution]:
@@ -64,16 +66,6 @@ class MixtureTeacher:
                 for weight in member.weights
             ),
         )
-
-
-def _numbers(rollout: Rollout, distribution: Distribution, k: int | None) -> TeacherScores:
-    """Scores of a rollout's tokens, with the k likeliest where k is given, on the CPU."""
-    target_ids = torch.tensor(rollout.response_ids, device=distribution.hidden[0].device)
-    found = distribution_scores(distribution, target_ids, k=k or 0)
-    logprobs, entropies, top_ids, top_logprobs = (column.cpu() for column in found)
-    if k is None:
-        return TeacherScores(logprobs, entropies)
-    return TeacherScores(logprobs, entropies, top_ids, top_logprobs)
 
 
 class RoutedTeacher:

@@ -8,8 +8,9 @@ from transformers import PreTrainedModel
 from poweropd.batching import collate, group_by_tokens
 from poweropd.models import hidden_states, lm_head
 from poweropd.objectives import Needs
-from poweropd.objectives.fused import token_scores
+from poweropd.objectives.fused import TokenScores, token_scores
 from poweropd.objectives.lm_head import Distribution
+from poweropd.teacher.scorer import teacher_scores
 from poweropd.types import Rollout, ScoredRollout, TeacherScores
 
 
@@ -49,6 +50,4 @@ class HFTeacher:
             return [TeacherScores(distribution=Distribution((rows,), (self._head,))) for rows in hidden.split(lengths)]
         scores = token_scores(hidden, self._head, batch.inputs.target_ids, k=k if needs == "top_k" else 0)
         columns = zip(*(column.cpu().split(lengths) for column in scores), strict=True)
-        if needs == "top_k":
-            return [TeacherScores(*column) for column in columns]
-        return [TeacherScores(logprobs, entropies) for logprobs, entropies, *_ in columns]
+        return [teacher_scores(TokenScores(*column), needs) for column in columns]

@@ -1,10 +1,12 @@
 """The protocol of every teacher."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from poweropd.errors import ConfigError
 from poweropd.objectives import Needs, Objective
+from poweropd.objectives.fused import TokenScores
 from poweropd.types import Rollout, ScoredRollout, TeacherScores
 
 
@@ -20,10 +22,17 @@ class TeacherScorer(Protocol):
     def score(self, rollouts: Sequence[Rollout], *, needs: Needs, k: int = 0) -> list[TeacherScores]:
         """Scores of every rollout, in order, full-softmax at temperature 1.
 
-        `sampled` gives log-probabilities of every response token and entropies, fp32; `top_k` also the k likeliest
-        tokens; `full` the whole distributions instead; `nothing` asks for nothing.
+        `sampled` gives log-probabilities of every response token, entropies and likeliest tokens, fp32, or None in the
+        place of the last two from a teacher that cannot tell; `top_k` also the k likeliest tokens; `full` the whole
+        distributions instead; `nothing` asks for nothing.
         """
         ...
+
+
+def teacher_scores(found: TokenScores, needs: Needs) -> TeacherScores:
+    """What was found of a rollout's tokens, as far as it was asked for."""
+    scores = TeacherScores(found.logprobs, found.entropies, top1_ids=found.top1_ids)
+    return replace(scores, top_ids=found.top_ids, top_logprobs=found.top_logprobs) if needs == "top_k" else scores
 
 
 GIVES = {
