@@ -1,36 +1,122 @@
-"""The program of the grading process: JSON lines `[answer, reference]` in, one grade status a line out.
+"""The program of a grading process: JSON lines `[given, gold]` in, JSON lines `[status, reference_is_mathematics]` out.
 
-It runs alone because a hostile answer may make symbolic algebra hang, crash or eat memory. Its parent holds the clock.
+It runs alone because a hostile answer may make symbolic algebra hang, crash or eat memory. It stops an answer that takes
+too long by an alarm; where even that does not get through, its parent kills it. Equality is math-verify's, and narrower:
+letters keep their case, tiny numbers are not all zero, and a decimal must have the digits to stand for what it rounds.
 """
 
 import contextlib
 import json
 import logging
+import signal
 import sys
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
 
 import math_verify
+import sympy
+from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+from math_verify.grader import should_treat_as_complex
 
-MEMORY_LIMIT = 4 * 2**30  # bytes of address space
+from poweropd.evaluation.normalise import Verdict, clean, compare
+from poweropd.evaluation.numerals import read_number, stands_for
+
+MEMORY_LIMIT = 2**30  # bytes of address space; ordinary work takes less than a tenth of it
 READY = "ready"
+_CASE_MATTERS = ConversionConfig(lowercase_symbols=False)
+_SPELLING = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
+_TOLERANCE = sympy.Float("1e-12")
 
 
-def compare(answer: str, reference: str) -> str:
-    """`correct`, `wrong` or `unparsable`, by math-verify without its own signal-based timeouts."""
-    gold, given = (math_verify.parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (reference, answer))
-    if not gold or not given:
-        return "unparsable"
-    return "correct" if math_verify.verify(gold, given, timeout_seconds=None) else "wrong"
+class _OutOfTime(BaseException):
+    """No `Exception`: those are caught inside math-verify."""
+
+
+def grade(given: str, gold: str) -> tuple[str, bool]:
+    """`correct`, `wrong` or `unparsable`, and whether the reference is mathematics: else only its text was compared."""
+    unread: list[str] = []
+
+    def algebra(given: str, gold: str) -> Verdict:
+        complex_numbers = should_treat_as_complex(given) or should_treat_as_complex(gold)
+        wanted = _read(gold, complex_numbers)
+        if wanted is None:
+            unread.append(gold)
+            return False
+        value = _read(given, complex_numbers)
+        if value is None:
+            return None
+        equal = math_verify.verify(wanted, value, allow_set_relation_comp=True, timeout_seconds=None)
+        return equal and _agree((given, value), (gold, wanted))
+
+    verdict = compare(given, gold, algebra)
+    return {True: "correct", False: "wrong", None: "unparsable"}[verdict], not unread
+
+
+@lru_cache(maxsize=256)
+def _read(text: str, complex_numbers: bool) -> Any:  # noqa: FBT001
+    """What a text means to sympy; None if nothing. `m_{max} = n` that cannot be read is n."""
+    try:
+        value = latex2sympy(
+            normalize_latex(text, _SPELLING),
+            is_real=not complex_numbers,
+            convert_degrees=False,
+            normalization_config=None,
+            conversion_config=_CASE_MATTERS,
+        )
+    except Exception:  # the parser raises many kinds
+        name, equals, rest = text.rpartition("=")
+        return _read(rest, complex_numbers) if equals and name.count("=") == 0 and "," not in text else None
+    if complex_numbers and isinstance(value, sympy.Expr):
+        value = value.subs({symbol: sympy.I for symbol in value.free_symbols if symbol.name == "i"})
+    return value
+
+
+def _agree(given: tuple[str, Any], gold: tuple[str, Any]) -> bool:
+    """Whether two expressions that math-verify takes for equal are so, relative to their size, where letters are numbers."""
+    values = given[1], gold[1]
+    if not all(isinstance(value, sympy.Expr) for value in values):
+        return True
+    symbols = sorted(values[0].free_symbols | values[1].free_symbols, key=str)
+    point = {symbol: sympy.Rational(7 + 4 * at, 5) for at, symbol in enumerate(symbols)}
+    a, b = (value.doit().subs(point).evalf(30) for value in values)
+    if not (a.is_number and b.is_number and a.is_finite and b.is_finite):
+        return True
+    for (text, _), other in ((given, b), (gold, a)):
+        decimal = read_number(clean(text).text)
+        if decimal and decimal.digits and other.is_Float:
+            return stands_for(decimal, Fraction(str(other)))
+    return bool(abs(a - b) <= _TOLERANCE * sympy.Max(abs(a), abs(b)))
 
 
 def main() -> None:
+    seconds = float(sys.argv[1])
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource  # not on Windows
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     logging.disable(logging.CRITICAL)
+    alarm = getattr(signal, "setitimer", lambda *_: None)  # not on Windows
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGALRM, _out_of_time)
     print(READY, flush=True)
     for line in sys.stdin:
-        print(compare(*json.loads(line)), flush=True)
+        given, gold = json.loads(line)
+        try:
+            alarm(0, seconds, 0.1)  # again and again, should a bare `except` swallow one; 0 is ITIMER_REAL
+            try:
+                reply = grade(given, gold)
+            finally:
+                alarm(0, 0)
+        except (_OutOfTime, MemoryError):
+            reply = "timeout", True
+        print(json.dumps(reply), flush=True)
+
+
+def _out_of_time(*_: object) -> None:
+    raise _OutOfTime
 
 
 if __name__ == "__main__":
