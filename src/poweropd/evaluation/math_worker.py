@@ -1,15 +1,17 @@
 """The program of a grading process: JSON lines `[given, gold]` in, JSON lines `[status, reference_is_mathematics]` out.
 
-It runs alone because a hostile answer may make symbolic algebra hang, crash or eat memory. It stops an answer that takes
-too long by an alarm; where even that does not get through, its parent kills it. Equality is math-verify's, and narrower:
+It runs alone because a hostile answer may make symbolic algebra hang, crash or eat memory. It gives up an answer that takes
+too much processor time; where even that does not get through, its parent kills it by the clock. Equality is math-verify's, and narrower:
 letters keep their case, tiny numbers are not all zero, and a decimal must have the digits to stand for what it rounds.
 """
 
 import contextlib
 import json
 import logging
+import re
 import signal
 import sys
+from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
@@ -25,8 +27,14 @@ from poweropd.evaluation.numerals import read_number, stands_for
 
 MEMORY_LIMIT = 2**30  # bytes of address space; ordinary work takes less than a tenth of it
 READY = "ready"
-_CASE_MATTERS = ConversionConfig(lowercase_symbols=False)
+_CONVERSION = ConversionConfig(lowercase_symbols=False)
 _SPELLING = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
+_STAND_INS = [  # what the parser takes for something else: the gamma function, e, a transpose, the sum 2 + 3 of 2(3)
+    (re.compile(r"\\gamma(?![a-zA-Z])"), r"\\Upsilon "),
+    (re.compile(r"(?<![\\a-zA-Z])E(?=\s*_)"), r"\\Xi "),
+    (re.compile(r"\^\s*(?:T|\{\s*T\s*\})"), "^{(T)}"),
+    (re.compile(r"((?<![_\d])\d+|\))\s*(?=\()"), r"\1\\cdot "),
+]
 _TOLERANCE = sympy.Float("1e-12")
 
 
@@ -47,8 +55,9 @@ def grade(given: str, gold: str) -> tuple[str, bool]:
         value = _read(given, complex_numbers)
         if value is None:
             return None
-        equal = math_verify.verify(wanted, value, allow_set_relation_comp=True, timeout_seconds=None)
-        return equal and _agree((given, value), (gold, wanted))
+        if not _agree((given, value), (gold, wanted)):  # first: showing that two are unequal may take algebra minutes
+            return False
+        return math_verify.verify(wanted, value, allow_set_relation_comp=True, timeout_seconds=None)
 
     verdict = compare(given, gold, algebra)
     return {True: "correct", False: "wrong", None: "unparsable"}[verdict], not unread
@@ -56,31 +65,38 @@ def grade(given: str, gold: str) -> tuple[str, bool]:
 
 @lru_cache(maxsize=256)
 def _read(text: str, complex_numbers: bool) -> Any:  # noqa: FBT001
-    """What a text means to sympy; None if nothing. `m_{max} = n` that cannot be read is n."""
+    """What a text means to sympy; None if nothing. Of `m_{max} = n`, unreadable as a whole, n."""
+    if "!!" in text:  # 5!! is not (5!)!
+        return None
+    spelt = normalize_latex(text, _SPELLING)
+    for pattern, replacement in _STAND_INS:
+        spelt = pattern.sub(replacement, spelt)
     try:
         value = latex2sympy(
-            normalize_latex(text, _SPELLING),
+            spelt,
             is_real=not complex_numbers,
             convert_degrees=False,
             normalization_config=None,
-            conversion_config=_CASE_MATTERS,
+            conversion_config=_CONVERSION,
         )
     except Exception:  # the parser raises many kinds
         name, equals, rest = text.rpartition("=")
         return _read(rest, complex_numbers) if equals and name.count("=") == 0 and "," not in text else None
+    if value.has(sympy.zoo, sympy.nan):  # divided by zero
+        return None
     if complex_numbers and isinstance(value, sympy.Expr):
         value = value.subs({symbol: sympy.I for symbol in value.free_symbols if symbol.name == "i"})
     return value
 
 
 def _agree(given: tuple[str, Any], gold: tuple[str, Any]) -> bool:
-    """Whether two expressions that math-verify takes for equal are so, relative to their size, where letters are numbers."""
+    """Whether two expressions agree, relative to their size, where letters are numbers; True where that cannot be told."""
     values = given[1], gold[1]
     if not all(isinstance(value, sympy.Expr) for value in values):
         return True
     symbols = sorted(values[0].free_symbols | values[1].free_symbols, key=str)
     point = {symbol: sympy.Rational(7 + 4 * at, 5) for at, symbol in enumerate(symbols)}
-    a, b = (value.doit().subs(point).evalf(30) for value in values)
+    a, b = (_exact(value.doit()).subs(point).evalf(30) for value in values)
     if not (a.is_number and b.is_number and a.is_finite and b.is_finite):
         return True
     for (text, _), other in ((given, b), (gold, a)):
@@ -88,6 +104,11 @@ def _agree(given: tuple[str, Any], gold: tuple[str, Any]) -> bool:
         if decimal and decimal.digits and other.is_Float:
             return stands_for(decimal, Fraction(str(other)))
     return bool(abs(a - b) <= _TOLERANCE * sympy.Max(abs(a), abs(b)))
+
+
+def _exact(value: Any) -> Any:
+    """With decimals as the fractions that they are."""
+    return value.xreplace({number: sympy.Rational(str(number)) for number in value.atoms(sympy.Float)})
 
 
 def main() -> None:
@@ -98,21 +119,29 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     logging.disable(logging.CRITICAL)
-    alarm = getattr(signal, "setitimer", lambda *_: None)  # not on Windows
-    if hasattr(signal, "SIGALRM"):
-        signal.signal(signal.SIGALRM, _out_of_time)
+    if hasattr(signal, "SIGPROF"):
+        signal.signal(signal.SIGPROF, _out_of_time)
     print(READY, flush=True)
     for line in sys.stdin:
-        given, gold = json.loads(line)
         try:
-            alarm(0, seconds, 0.1)  # again and again, should a bare `except` swallow one; 0 is ITIMER_REAL
-            try:
-                reply = grade(given, gold)
-            finally:
-                alarm(0, 0)
+            with _limited(seconds):
+                reply = grade(*json.loads(line))
         except (_OutOfTime, MemoryError):
             reply = "timeout", True
         print(json.dumps(reply), flush=True)
+
+
+@contextlib.contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Processor time, which other work on the machine does not shorten. It rings on, should a bare `except` swallow a ring."""
+    if not hasattr(signal, "setitimer"):  # Windows: the parent's clock alone
+        yield
+        return
+    try:
+        signal.setitimer(signal.ITIMER_PROF, seconds, 0.1)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _out_of_time(*_: object) -> None:

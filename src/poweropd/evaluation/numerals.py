@@ -60,11 +60,13 @@ def same_number(a: Numeral, b: Numeral) -> bool:
 
 
 def stands_for(decimal: Numeral, value: Fraction) -> bool:
-    """Whether `value` can be written as this decimal."""
+    """Whether the decimal is `value`, or what it is rounded or truncated to."""
     if decimal.value == value:
         return True
-    enough = decimal.digits >= FEWEST_DIGITS and value.denominator != 1
-    return enough and abs(decimal.value - value) < decimal.step
+    if decimal.digits < FEWEST_DIGITS or value.denominator == 1:
+        return False
+    rounded = 2 * abs(value - decimal.value) <= decimal.step
+    return rounded or 0 <= (value - decimal.value) * (1 if decimal.value > 0 else -1) < decimal.step
 
 
 def _close(a: Numeral, b: Numeral) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 STARTUP_SECONDS = 120.0  # a busy machine imports slowly
-GRACE_SECONDS = 1.0  # what a worker has to stop by itself, before it is killed
+PATIENCE = 3.0  # seconds by the clock for one of processor time, before a worker is killed
 COMPARISONS_PER_WORKER = 2000  # sympy's memory grows slowly
 
 
@@ -17,7 +17,8 @@ class WorkerPool:
     """Compares pairs of answers in up to `size` processes.
 
     Args:
-        seconds: for one comparison; a process that has not answered a second later is killed.
+        seconds: of processor time for one comparison; a process that has not answered in three times as long by the clock is
+            killed.
     """
 
     def __init__(self, size: int, seconds: float) -> None:
@@ -67,7 +68,7 @@ class Worker:
     """One process. A thread of ours reads its lines, so that waiting for one can time out on every system."""
 
     def __init__(self, seconds: float) -> None:
-        self._patience = seconds + GRACE_SECONDS
+        self._patience = PATIENCE * seconds
         self._asked = 0
         self._process = subprocess.Popen(
             [sys.executable, "-m", "poweropd.evaluation.math_worker", str(seconds)],
