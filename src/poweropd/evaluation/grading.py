@@ -121,8 +121,9 @@ class Grader:
 
 def _same_text(answer: str, reference: str) -> bool:
     given, gold = (_THOUSANDS.sub("", text.strip()) for text in (answer, reference))
-    integers = _INTEGER.fullmatch(given) and _INTEGER.fullmatch(gold)
-    return given == gold or bool(integers and given.lstrip("-0") == gold.lstrip("-0") and given[0] == gold[0])
+    if _INTEGER.fullmatch(given) and _INTEGER.fullmatch(gold):  # whatever their leading zeros
+        given, gold = (re.sub(r"^(-?)0+(?=\d)", r"\1", text) for text in (given, gold))
+    return given == gold
 
 
 def _nesting(text: str) -> int:
