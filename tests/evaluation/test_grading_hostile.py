@@ -70,11 +70,7 @@ CHEAP: dict[str, Make] = {
     "fractions": nested("\\frac{1}{1+", "x", "}"),
     "boxes": nested("\\boxed{", "7", "}"),
     "texts": nested("\\text{", "7", "}"),
-    "logarithms": nested("\\log_{2}(", "x", ")"),
     "signs": lambda rng: rng.choice("+-!^_=,;|$&%\\'\"") * rng.randint(10, 950),
-    "endless": lambda rng: (
-        rng.choice(["\\frac", "\\\\", "\\left(", "\\pm ", "1,", "x^", "\\text", "1 ", "a_"]) * rng.randint(50, 150)
-    ),
     "too long": lambda rng: (
         rng.choice(["9", "x+", "\\frac{1}{2}", "\\boxed{1}", "}{", "\\,"]) * rng.randint(5_000, 40_000)
     ),
@@ -106,8 +102,12 @@ CHEAP: dict[str, Make] = {
         "\\begin{pmatrix}" + "\\\\".join("&".join("1234567") for _ in range(rng.randint(1, 30))) + "\\end{pmatrix}"
     ),
 }
-# Algebra that never ends: each is worth the whole time limit.
+# Parsing or algebra that hardly ends: most are worth the whole time limit.
 ENDLESS: dict[str, Make] = {
+    "logarithms": nested("\\log_{2}(", "x", ")"),
+    "endless": lambda rng: (
+        rng.choice(["\\frac", "\\\\", "\\left(", "\\pm ", "1,", "x^", "\\text", "1 ", "a_"]) * rng.randint(50, 150)
+    ),
     "tower": lambda rng: (lambda n: "9^{" * n + "9" + "}" * n)(rng.randint(3, 12)),
     "factorial": lambda rng: f"{rng.randint(10**7, 10**15)}!",
     "factorials": lambda rng: f"(({rng.randint(15, 100)}!)!)!",

@@ -15,7 +15,7 @@ __all__ = ["Grade", "GradeStatus", "Grader", "GradingMode", "extract_answer"]
 GradeStatus = Literal["correct", "wrong", "no_answer", "unparsable", "timeout"]
 GradingMode = Literal["math", "exact"]
 LONGEST_ANSWER = 1000  # characters; a longer "answer" is not one
-DEEPEST_NESTING = 20  # brackets within brackets; parsing time grows exponentially with them
+DEEPEST_NESTING = 12  # brackets within brackets; parsing time grows exponentially with them
 MOST_REMEMBERED = 100_000
 _INTEGER = re.compile(r"-?\d+")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # the comma of 1,000, not that of the pair 1,2
