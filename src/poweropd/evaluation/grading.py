@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, cast
 
+from poweropd.evaluation.comparison import compare
 from poweropd.evaluation.extraction import extract_answer
-from poweropd.evaluation.normalise import compare
 from poweropd.evaluation.workers import WorkerPool
 
 __all__ = ["Grade", "GradeStatus", "Grader", "GradingMode", "extract_answer"]
@@ -29,7 +29,7 @@ class Grade:
         correct: equal to the reference.
         wrong: not equal, or equality could not be shown. Also every answer that does not have the text of a reference that
             is itself no mathematics.
-        no_answer: the response holds no box, no `####`, no number.
+        no_answer: the response holds no box with anything in it, no `####`, no number.
         unparsable: the answer is nothing that can be compared: no mathematics, or longer or deeper nested than any answer.
         timeout: comparing it ran into the limit of time or memory.
     """

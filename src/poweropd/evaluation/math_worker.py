@@ -22,8 +22,9 @@ from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_la
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 from math_verify.grader import should_treat_as_complex
 
-from poweropd.evaluation.normalise import Verdict, clean, compare
+from poweropd.evaluation.comparison import Verdict, compare
 from poweropd.evaluation.numerals import read_number, stands_for
+from poweropd.evaluation.spelling import clean
 
 MEMORY_LIMIT = 2**30  # bytes of address space; ordinary work takes less than a tenth of it
 READY = "ready"
@@ -35,9 +36,8 @@ _STAND_INS = [  # what the parser takes for something else: the gamma function, 
     (re.compile(r"\^\s*(?:T|\{\s*T\s*\})"), "^{(T)}"),
     (re.compile(r"((?<![_\d])\d+|\))\s*(?=\()"), r"\1\\cdot "),
 ]
-_HOPELESS = re.compile(
-    r"!\s*!|\^\s*\{?\s*[-+]?\s*\d{6}"
-)  # 5!! is not (5!)!; an exponent of millions is never evaluated
+# 5!! is not (5!)!, as the parser has it; a power with an exponent of six digits is never worked out.
+_HOPELESS = re.compile(r"!\s*!|\^\s*\{?\s*[-+]?\s*\d{6}")
 _TOLERANCE = sympy.Float("1e-12")
 
 
@@ -85,7 +85,7 @@ def _read(text: str, complex_numbers: bool) -> Any:  # noqa: FBT001
     except Exception:  # the parser raises many kinds
         name, equals, rest = text.rpartition("=")
         return _read(rest, complex_numbers) if equals and name.count("=") == 0 and "," not in text else None
-    if value.has(sympy.zoo, sympy.nan):  # divided by zero
+    if not isinstance(value, sympy.Basic | sympy.MatrixBase) or value.has(sympy.zoo, sympy.nan):  # divided by zero
         return None
     if complex_numbers and isinstance(value, sympy.Expr):
         value = value.subs({symbol: sympy.I for symbol in value.free_symbols if symbol.name == "i"})
@@ -99,7 +99,10 @@ def _agree(given: tuple[str, Any], gold: tuple[str, Any]) -> bool:
         return True
     symbols = sorted(values[0].free_symbols | values[1].free_symbols, key=str)
     point = {symbol: sympy.Rational(7 + 4 * at, 5) for at, symbol in enumerate(symbols)}
-    a, b = (_exact(value.doit()).subs(point).evalf(30) for value in values)
+    try:
+        a, b = (_exact(value.doit()).subs(point).evalf(30) for value in values)
+    except Exception:  # sympy raises many kinds
+        return True
     if not (a.is_number and b.is_number and a.is_finite and b.is_finite):
         return True
     for (text, _), other in ((given, b), (gold, a)):
@@ -132,6 +135,8 @@ def main() -> None:
                 reply = grade(*json.loads(line))
         except (_OutOfTime, MemoryError):
             reply = "timeout", True
+        except Exception:  # sympy raises many kinds: what it cannot evaluate cannot be compared
+            reply = "unparsable", True
         print(json.dumps(reply), flush=True)
 
 

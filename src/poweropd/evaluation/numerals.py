@@ -49,14 +49,14 @@ def same_number(a: Numeral, b: Numeral) -> bool:
     """Whether two numbers are equal.
 
     A decimal of six significant digits or more also equals the number, no integer, that it is the rounding or truncation
-    of: 0.333333 is 1/3, 0.33 is not. Where only one is a percentage, its sign is read as a unit or as a hundredth: 50% is
-    50 and is 0.5, while 50 is not 0.5.
+    of: 0.333333 is 1/3, 0.33 is not. Where only one is a percentage, its sign is read as a hundredth or, of numbers from 1,
+    as a unit: 50% is 0.5 and is 50, while 50 is not 0.5 and 0.5% is not 0.5.
     """
     if a.percent == b.percent:
         return _close(a, b)
     percentage, other = (a, b) if a.percent else (b, a)
     hundredth = Numeral(percentage.value / 100, percentage.step / 100, percentage.digits)
-    return _close(percentage, other) or _close(hundredth, other)
+    return _close(hundredth, other) or (abs(other.value) >= 1 and _close(percentage, other))
 
 
 def stands_for(decimal: Numeral, value: Fraction) -> bool:
