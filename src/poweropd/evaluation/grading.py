@@ -50,7 +50,7 @@ class Grader:
 
     Args:
         mode: `math` compares values; `exact` the texts alone, for tasks where 2/4 is not 1/2.
-        seconds: of processor time for one comparison, and three times as long by the clock.
+        seconds: of processor time for one comparison, and six times as long by the clock.
         workers: most processes at a time.
     """
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 STARTUP_SECONDS = 120.0  # a busy machine imports slowly
-PATIENCE = 3.0  # seconds by the clock for one of processor time, before a worker is killed
+PATIENCE = 6.0  # seconds by the clock for one of processor time, before a worker is killed
 COMPARISONS_PER_WORKER = 2000  # sympy's memory grows slowly
 
 
@@ -17,7 +17,7 @@ class WorkerPool:
     """Compares pairs of answers in up to `size` processes.
 
     Args:
-        seconds: of processor time for one comparison; a process that has not answered in three times as long by the clock is
+        seconds: of processor time for one comparison; a process that has not answered in six times as long by the clock is
             killed.
     """
 
