@@ -131,3 +131,22 @@ def test_both_checkers_agree_on_neighbours(grader: Grader) -> None:
 @pytest.mark.slow
 def test_both_checkers_agree_on_all_neighbours(grader: Grader) -> None:
     check_neighbours(grader, neighbours(step=1))
+
+
+def misprints(chosen: Golds) -> Golds:
+    """Each reference with one of its digits another."""
+    rng = random.Random(3)
+    printed = []
+    for _, gold in chosen:
+        digits = [at for at, character in enumerate(gold) if character.isdigit()]
+        if digits:
+            at = rng.choice(digits)
+            printed.append((gold[:at] + str((int(gold[at]) + rng.randint(1, 9)) % 10) + gold[at + 1 :], gold))
+    return printed
+
+
+@pytest.mark.parametrize("step", [11, pytest.param(1, marks=pytest.mark.slow)])
+def test_no_misprint_is_correct(grader: Grader, step: int) -> None:
+    pairs = misprints([gold for name in BENCHMARKS for gold in golds(name)][::step])
+    grades = grader.grade_many((boxed(misprint), gold) for misprint, gold in pairs)
+    assert [pair for pair, grade in zip(pairs, grades, strict=True) if grade.correct] == []
