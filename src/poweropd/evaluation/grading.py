@@ -1,28 +1,40 @@
-"""Grade final answers. Symbolic comparison runs in a process of its own, which a hostile answer may hang or kill."""
+"""Grade final answers: extract, compare cheaply, and leave what takes algebra to processes that may hang or die of it."""
 
-import json
-import queue
 import re
-import subprocess
-import sys
-import threading
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Literal, get_args
+from typing import Literal, cast
+
+from poweropd.evaluation.comparison import compare
+from poweropd.evaluation.extraction import extract_answer
+from poweropd.evaluation.workers import WorkerPool
+
+__all__ = ["Grade", "GradeStatus", "Grader", "GradingMode", "extract_answer"]
 
 GradeStatus = Literal["correct", "wrong", "no_answer", "unparsable", "timeout"]
 GradingMode = Literal["math", "exact"]
-GRADING_VERSION = 2  # raised whenever the same answer could get another grade
-STARTUP_SECONDS = 120.0  # a busy machine imports slowly
+GRADING_VERSION = 1  # raised whenever the same answer could get another grade
 LONGEST_ANSWER = 1000  # characters; a longer "answer" is not one
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+DEEPEST_NESTING = 12  # brackets within brackets; parsing time grows exponentially with them
+MOST_REMEMBERED = 100_000
 _INTEGER = re.compile(r"-?\d+")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # the comma of 1,000, not that of the pair 1,2
 
 
 @dataclass(frozen=True)
 class Grade:
-    """`answer` is what was extracted from the response, None if nothing was."""
+    """`answer` is what was extracted from the response, None if nothing was.
+
+    `status` is one of:
+        correct: equal to the reference.
+        wrong: not equal, or equality could not be shown. Also every answer that does not have the text of a reference that
+            is itself no mathematics.
+        no_answer: the response holds no box with anything in it, no `####`, no number.
+        unparsable: the answer is nothing that can be compared: no mathematics, or longer or deeper nested than any answer.
+        timeout: comparing it ran into the limit of time or memory.
+    """
 
     status: GradeStatus
     answer: str | None
@@ -32,46 +44,23 @@ class Grade:
         return self.status == "correct"
 
 
-def extract_answer(response: str) -> str | None:
-    """The final answer of a response: the last `\\boxed{...}`, else after the last `####`, else the last number."""
-    boxed = _last_boxed(response)
-    if boxed is not None:
-        return boxed
-    _, marker, after = response.rpartition("####")
-    if marker and after.strip():
-        return after.strip().splitlines()[0].strip()
-    numbers = _NUMBER.findall(response)
-    return numbers[-1] if numbers else None
-
-
-def _last_boxed(text: str) -> str | None:
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    start += len("\\boxed{")
-    depth = 1
-    for at in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[at], 0)
-        if depth == 0:
-            return text[start:at].strip()
-    return None
-
-
 class Grader:
-    """Compares answers with references, symbolically where their texts differ.
+    """Compares answers with references, symbolically where plain comparison does not tell.
 
-    Symbolic comparison is math-verify in a child process with a hard time limit. An answer that exceeds it costs its own
-    grade: the child is killed and a new one serves the next. Use as a context manager, or call `close`.
+    Symbolic comparison is math-verify in child processes with hard limits of time and memory, started when first needed.
+    An answer that exceeds a limit costs its own grade. Use as a context manager, or call `close`.
 
     Args:
         mode: `math` compares values; `exact` the texts alone, for tasks where 2/4 is not 1/2.
-        seconds: for one comparison.
+        seconds: of processor time for one comparison, and six times as long by the clock.
+        workers: most processes at a time.
     """
 
-    def __init__(self, *, mode: GradingMode = "math", seconds: float = 5.0) -> None:
+    def __init__(self, *, mode: GradingMode = "math", seconds: float = 5.0, workers: int = 2) -> None:
         self._mode = mode
-        self._seconds = seconds
-        self._worker: _Worker | None = None
+        self._pool = WorkerPool(workers, seconds)
+        self._known: dict[tuple[str, str], GradeStatus] = {}
+        self._compared_as_text: set[str] = set()
 
     @property
     def version(self) -> str:
@@ -85,75 +74,68 @@ class Grader:
         self.close()
 
     def close(self) -> None:
-        if self._worker is not None:
-            self._worker.kill()
-            self._worker = None
+        self._pool.close()
+
+    @property
+    def compared_as_text(self) -> frozenset[str]:
+        """References met so far that cannot be read as mathematics: only an answer of the same text is correct."""
+        return frozenset(self._compared_as_text)
 
     def grade(self, response: str, reference: str) -> Grade:
         """The grade of a response against a reference answer."""
-        answer = extract_answer(response)
-        if answer is None:
-            return Grade("no_answer", None)
-        if len(answer) > LONGEST_ANSWER:
-            return Grade("unparsable", answer[:LONGEST_ANSWER])
-        given, gold = (_THOUSANDS.sub("", text.strip()) for text in (answer, reference))
-        if given == gold:
-            return Grade("correct", answer)
-        if _INTEGER.fullmatch(given) and _INTEGER.fullmatch(gold):
-            return Grade("correct" if int(given) == int(gold) else "wrong", answer)
+        return self.grade_many([(response, reference)])[0]
+
+    def grade_many(self, pairs: Iterable[tuple[str, str]]) -> list[Grade]:
+        """The grades of (response, reference) pairs, in order. Pairs with the same answer and reference are compared once."""
+        questions = [(extract_answer(response), reference) for response, reference in pairs]
+        if len(self._known) > MOST_REMEMBERED:
+            self._known.clear()
+        open_questions = []
+        for answer, reference in dict.fromkeys(questions):
+            if answer is not None and (answer, reference) not in self._known:
+                status = self._grade_plainly(answer, reference)
+                if status is None:
+                    open_questions.append((answer, reference))
+                else:
+                    self._known[answer, reference] = status
+        for question, (reply, readable) in zip(open_questions, self._pool.compare(open_questions), strict=True):
+            self._known[question] = cast(GradeStatus, reply)
+            if not readable:
+                self._tell_of_text(question[1])
+        return [
+            Grade("no_answer", None)
+            if answer is None
+            else Grade(self._known[answer, reference], answer[:LONGEST_ANSWER])
+            for answer, reference in questions
+        ]
+
+    def _grade_plainly(self, answer: str, reference: str) -> GradeStatus | None:
+        if len(answer) > LONGEST_ANSWER or _nesting(answer) > DEEPEST_NESTING:
+            return "unparsable"
         if self._mode == "exact":
-            return Grade("wrong", answer)
-        return Grade(self._compare(answer, reference), answer)
+            return "correct" if _same_text(answer, reference) else "wrong"
+        equal = compare(answer, reference)
+        return None if equal is None else "correct" if equal else "wrong"
 
-    def _compare(self, answer: str, reference: str) -> GradeStatus:
-        if self._worker is None:
-            self._worker = _Worker()
-        status = self._worker.ask(answer, reference, self._seconds)
-        if status == "timeout":
-            self.close()
-        return status
+    def _tell_of_text(self, reference: str) -> None:
+        if reference not in self._compared_as_text:
+            self._compared_as_text.add(reference)
+            warnings.warn(
+                f"the reference {reference!r} cannot be read as mathematics: only an answer of the same text is correct",
+                stacklevel=4,
+            )
 
 
-class _Worker:
-    """The child process. A thread of ours reads its lines, so that waiting for one can time out on every system."""
+def _same_text(answer: str, reference: str) -> bool:
+    given, gold = (_THOUSANDS.sub("", text.strip()) for text in (answer, reference))
+    if _INTEGER.fullmatch(given) and _INTEGER.fullmatch(gold):  # whatever their leading zeros
+        given, gold = (re.sub(r"^(-?)0+(?=\d)", r"\1", text) for text in (given, gold))
+    return given == gold
 
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "poweropd.evaluation.math_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            encoding="utf-8",
-        )
-        self._lines: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-        if self._next_line(STARTUP_SECONDS) != "ready":
-            self.kill()
-            raise RuntimeError(f"the grading process did not start within {STARTUP_SECONDS:g} s")
 
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._lines.put(line.strip())
-        self._lines.put("")  # it died
-
-    def _next_line(self, seconds: float) -> str:
-        try:
-            return self._lines.get(timeout=seconds)
-        except queue.Empty:
-            return ""
-
-    def ask(self, answer: str, reference: str, seconds: float) -> GradeStatus:
-        """The child's verdict; `timeout` when it gives none in time or dies: of memory, or by a signal."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps([answer, reference]) + "\n")
-            self._process.stdin.flush()
-        except OSError:
-            return "timeout"
-        line = self._next_line(seconds)
-        return line if line in get_args(GradeStatus) else "timeout"  # type: ignore[return-value]
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
+def _nesting(text: str) -> int:
+    depth = deepest = 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, depth)
+    return deepest

@@ -147,7 +147,7 @@ def _sample(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, sampling: Samp
 
 
 def _graded(samples: Sequence[dict[str, Any]], grader: Grader) -> list[dict[str, Any]]:
-    grades = [grader.grade(sample["response"], sample["reference"]) for sample in samples]
+    grades = grader.grade_many([(sample["response"], sample["reference"]) for sample in samples])
     return [
         {**sample, "answer": grade.answer, "status": grade.status}
         for sample, grade in zip(samples, grades, strict=True)
