@@ -1,12 +1,10 @@
-"""Figures as files for a paper, through the command."""
+"""Figures as files for a paper."""
 
 from pathlib import Path
 
 import pytest
 from made_up import made_up
-from typer.testing import CliRunner
 
-from poweropd.cli import app
 from poweropd.errors import RunError
 from poweropd.report.image import save_each
 
@@ -32,9 +30,3 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("mine")
     with pytest.raises(RunError, match="there is a file of that name; give a folder"):
         save_each(FIGURES, tmp_path / "taken")
-
-
-def test_a_format_without_a_folder_is_refused(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["report", str(tmp_path), "--format", "pdf"])
-    assert result.exit_code == 1
-    assert result.stderr.strip() == "error: --format pdf is of the files that --figures DIR writes; add --figures DIR"

@@ -16,7 +16,6 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from poweropd.report.page import Content, render
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-PHONE = {"width": 360, "height": 740}
 DRAWN = "!document.querySelector('[aria-busy=true]')"
 FIGURES = ("gradient-norm", "accuracy", "rewards", "plane")
 
@@ -357,7 +356,7 @@ def test_headings_and_landmarks(opened: Open) -> None:
 
 
 def test_a_phone_never_scrolls_sideways(opened: Open) -> None:
-    page = opened(viewport=PHONE, has_touch=True, is_mobile=True)
+    page = opened(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
     open_all(page)
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     benchmarks = page.get_by_role("group", name="Benchmarks")
