@@ -227,7 +227,7 @@ def test_the_reward_figures() -> None:
 def test_every_figure_says_what_is_healthy_and_has_a_key_of_its_own() -> None:
     found = [figure for section in figures([read_run(FIXTURE)]) for figure in section.figures]
     assert [section.title for section in figures([read_run(FIXTURE)])] == [
-        "Result", "The reward", "The update", "The cost",
+        "Over training", "The reward", "The update", "The cost",
     ]  # fmt: skip
     assert len({figure.key for figure in found}) == len(found) >= 25
     assert all(re.fullmatch(r"[a-z0-9-]+", figure.key) for figure in found)

@@ -20,6 +20,8 @@ from poweropd.train import train
 RECIPE = Path(__file__).with_name("recipe.yaml")
 PICTURED = ("accuracy", "answer-length", "answers-cut", "gradient-norm")
 
+ON_PAGE_ONLY = ("Maj@8", "repeated")  # columns for which a terminal has no room
+
 NEXT = """\
 What to try next
   poweropd quickstart --compare                       every objective of the paper on this pair
@@ -62,10 +64,12 @@ def _recipe(overrides: list[str], steps: int | None, seed: int) -> Recipe:
 
 def _print_results(runs: list[RunData], console: Console) -> None:
     results = results_table(runs)
+    places = [place for place, heading in enumerate(results.headings) if heading not in ON_PAGE_ONLY]
     table = Table(box=SIMPLE, pad_edge=False)
-    for heading in results.headings:
+    for place in places:
+        heading = results.headings[place]
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for row in results.rows:
-        table.add_row(*row)
+        table.add_row(*(row[place] for place in places))
     console.print()
     console.print(table)

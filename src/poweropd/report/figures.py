@@ -12,7 +12,7 @@ MISMATCH_SEEN = 1e-3  # nats; below it sampler and trainer differ by rounding
 def figures(runs: list[RunData]) -> list[Section]:
     """Sections of figures that have something to show; what a run did not log is not there."""
     sections = {
-        "Result": [*result_figures(runs), *_rollouts(runs)],
+        "Over training": [*result_figures(runs), *_rollouts(runs)],
         "The reward": reward_figures(runs),
         "The update": _update(runs),
         "The cost": _cost(runs),
@@ -47,6 +47,7 @@ def _rollouts(runs: list[RunData]) -> list[Figure]:
 def _update(runs: list[RunData]) -> list[Figure]:
     sampled = all(run.signal == "reward" for run in runs)
     mismatch = [run for run in runs if max(run.column("rollout/mismatch")[1], default=0) > MISMATCH_SEEN]
+    crossing = [run for run in runs if min(run.column("reward/sign_agreement")[1], default=1) < 1]
     stale = [run for run in runs if max(run.column("staleness/max")[1], default=0) > 0]
     return [
         metric(
@@ -88,7 +89,7 @@ def _update(runs: list[RunData]) -> list[Figure]:
             caption="Healthy: rising.",
         ),
         metric(
-            runs, "sign-agreement", "Rewards with the sign of the log-ratio", "share of tokens", "reward/sign_agreement",
+            crossing and runs, "sign-agreement", "Rewards with the sign of the log-ratio", "share of tokens", "reward/sign_agreement",
             caption="Healthy: near 1, as of a reward that only reshapes the log-ratio; less where normalisation moves tokens "
             "across 0, which pushes them the wrong way.",
         ),

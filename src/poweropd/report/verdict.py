@@ -12,7 +12,10 @@ FEW_PROBLEMS = 20  # below it, an interval from resampled problems is known to b
 ENDS = 10  # a trend compares the first with the last tenth of the steps
 CLEAR = 2.0  # standard errors beyond which a trend is one
 SAME = ("student", "teacher", "teachers", "data", "evaluation")  # sections that a comparison of objectives holds fixed
-ASIDE = ("evaluation.every", "evaluation.teacher")  # of them, what changes no result
+ASIDE = (  # of them, what changes no result
+    "evaluation.every", "evaluation.teacher", "evaluation.folder", "evaluation.cache", "teacher.tokens_per_batch",
+)  # fmt: skip
+MOST_NAMED = 8  # settings in a sentence
 
 
 @dataclass(frozen=True)
@@ -277,16 +280,25 @@ def comparison(runs: list[RunData]) -> str:
     keys = _differing(runs)
     if not keys:
         return "The recipes are equal."
-    return f"The recipes differ in {', '.join(keys)}; all else is equal."
+    return f"The recipes differ in {_named(keys)}; all else is equal."
 
 
 def _not_like_with_like(runs: list[RunData]) -> list[str]:
     keys = [key for key in _differing(runs) if key.split(".")[0] in SAME and key not in ASIDE]
     steps = {run.last[0] for run in runs if run.last is not None}
-    reasons = [f"the runs differ in {', '.join(keys)}"] if keys else []
+    reasons = [f"the runs differ in {_named(keys)}"] if keys else []
     if len(steps) > 1:
         reasons.append(f"their last evaluations are after {_joined(sorted(steps))} steps")
     return [f"This does not compare like with like: {' and '.join(reasons)}."] if reasons else []
+
+
+def _named(keys: list[str]) -> str:
+    """The first few; the page has a table of all."""
+    return (
+        ", ".join(keys)
+        if len(keys) <= MOST_NAMED
+        else f"{', '.join(keys[:MOST_NAMED])} and {len(keys) - MOST_NAMED} more"
+    )
 
 
 def _joined(numbers: list[int]) -> str:
