@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -399,5 +400,12 @@ def _plain_errors(debug: bool) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+def _in_one_line(message: Warning | str, category: type[Warning], filename: str, *_: Any) -> str:
+    """Our warnings are for the user; those of libraries say where they come from."""
+    place = "" if Path(__file__).parent in Path(filename).parents else f"{filename}: "
+    return f"warning: {place}{message}\n"
+
+
 def main() -> None:
+    warnings.formatwarning = _in_one_line  # type: ignore[assignment]
     app()

@@ -10,7 +10,7 @@ import pytest
 
 from poweropd.evaluation import workers
 from poweropd.evaluation.grading import Grade, Grader, extract_answer
-from poweropd.evaluation.math_worker import MEMORY_LIMIT
+from poweropd.evaluation.grading.math_worker import MEMORY_LIMIT
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from second_checker import equal
 
 from poweropd.evaluation.grading import Grader, GradeStatus
-from poweropd.evaluation.math_worker import MEMORY_LIMIT
+from poweropd.evaluation.grading.math_worker import MEMORY_LIMIT
 
 pytestmark = pytest.mark.filterwarnings("ignore:the reference")
 ROWS: list[dict[str, Any]] = [

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from fixtures import FIXTURE, REAL, drawn, edit_summaries, lines, summary, variant, write_lines
 
-from poweropd.report.curves import thinned
 from poweropd.report.figure import TEACHER
 from poweropd.report.figures import figures
+from poweropd.report.figures.curves import thinned
 from poweropd.report.runs import read_run
 from poweropd.report.tables import Table, results_table, tables
 from poweropd.report.verdict import change, comparison, headline, ranking, verdict

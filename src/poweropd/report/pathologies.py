@@ -10,7 +10,7 @@ from itertools import groupby
 from statistics import median
 from typing import Literal
 
-from poweropd.report.reward_figures import bins_with
+from poweropd.report.figures.rewards import bins_with
 from poweropd.report.runs import RunData
 from poweropd.report.scores import compare, mean
 from poweropd.report.verdict import change, holds_zero

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Literal, cast
 
-from poweropd.evaluation.comparison import compare
-from poweropd.evaluation.extraction import extract_answer
-from poweropd.evaluation.workers import WorkerPool
-
-__all__ = ["Grade", "GradeStatus", "Grader", "GradingMode", "extract_answer"]
+from poweropd.evaluation.grading.comparison import compare
+from poweropd.evaluation.grading.extraction import extract_answer
+from poweropd.evaluation.grading.workers import WorkerPool
 
 GradeStatus = Literal["correct", "wrong", "no_answer", "unparsable", "timeout"]
 GradingMode = Literal["math", "exact"]

@@ -71,7 +71,7 @@ class Worker:
         self._patience = PATIENCE * seconds
         self._asked = 0
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "poweropd.evaluation.math_worker", str(seconds)],
+            [sys.executable, "-m", "poweropd.evaluation.grading.math_worker", str(seconds)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

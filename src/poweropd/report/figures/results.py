@@ -6,8 +6,8 @@ from math import isnan
 
 from poweropd.evaluation.metrics import Estimate
 from poweropd.evaluation.summary import in_paper_order
-from poweropd.report.curves import FEW, STYLES
 from poweropd.report.figure import TEACHER, Figure, Line
+from poweropd.report.figures.curves import FEW, STYLES
 from poweropd.report.runs import RunData, Summaries
 from poweropd.report.scores import Shared, distinct, mean, on_shared_problems, samples, title
 

@@ -6,9 +6,9 @@ Nothing here decides what it is not sure of: that is left to the `algebra` of `c
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-from poweropd.evaluation.members import members
-from poweropd.evaluation.numerals import read_number, same_number
-from poweropd.evaluation.spelling import Answer, clean, split_unit
+from poweropd.evaluation.grading.members import members
+from poweropd.evaluation.grading.numerals import read_number, same_number
+from poweropd.evaluation.grading.spelling import Answer, clean, split_unit
 
 Verdict = bool | None  # None: cannot be told
 Algebra = Callable[[str, str], Verdict]

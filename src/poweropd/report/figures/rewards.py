@@ -5,8 +5,8 @@ The paper's Fig. 2a to 2c and 5.
 
 from itertools import pairwise
 
-from poweropd.report.curves import FEW, over_steps
 from poweropd.report.figure import TEACHER, Bars, Figure, Line, Plane
+from poweropd.report.figures.curves import FEW, over_steps
 from poweropd.report.runs import Record, RunData, is_number
 
 MOST_PLANES = 4

@@ -1,9 +1,9 @@
 """The figures of a report: the paper's own, drawn from one run or from several in one frame."""
 
-from poweropd.report.curves import metric, over_steps
 from poweropd.report.figure import Figure, Section
-from poweropd.report.result_figures import result_figures
-from poweropd.report.reward_figures import reward_figures
+from poweropd.report.figures.curves import metric, over_steps
+from poweropd.report.figures.results import result_figures
+from poweropd.report.figures.rewards import reward_figures
 from poweropd.report.runs import RunData
 
 MISMATCH_SEEN = 1e-3  # nats; below it sampler and trainer differ by rounding

@@ -22,9 +22,9 @@ from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_la
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 from math_verify.grader import should_treat_as_complex
 
-from poweropd.evaluation.comparison import Verdict, compare
-from poweropd.evaluation.numerals import read_number, stands_for
-from poweropd.evaluation.spelling import clean
+from poweropd.evaluation.grading.comparison import Verdict, compare
+from poweropd.evaluation.grading.numerals import read_number, stands_for
+from poweropd.evaluation.grading.spelling import clean
 
 MEMORY_LIMIT = 2**30  # bytes of address space; ordinary work takes less than a tenth of it
 READY = "ready"

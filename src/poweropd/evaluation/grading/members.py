@@ -3,7 +3,7 @@ r"""Lists, sets, tuples and intervals, taken apart."""
 import re
 from dataclasses import dataclass
 
-from poweropd.evaluation.numerals import THOUSANDS
+from poweropd.evaluation.grading.numerals import THOUSANDS
 
 _NAMED = re.compile(
     r"(?:\([a-z](?:_\d)?(?:\s*,\s*[a-z](?:_\d)?)+\)|[a-zA-Z](?:_\d)?)\s*(?:=|\\in(?![a-z]))\s*(?=[(\[]|\\\{)"
