@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from poweropd.evaluation import workers
+from poweropd.evaluation.grading import workers
 from poweropd.evaluation.grading import Grade, Grader, extract_answer
 from poweropd.evaluation.grading.math_worker import MEMORY_LIMIT
 
@@ -131,7 +131,7 @@ def test_a_reference_that_is_no_mathematics_is_compared_as_text_and_told_of() ->
         with pytest.warns(UserWarning, match="cannot be read as mathematics") as told:
             grades = [grader.grade(f"\\boxed{{{answer}}}", "u(0,4]") for answer in answers]
         assert [grade.status for grade in grades] == ["wrong", "wrong"]
-        assert len(told) == 1
+        assert sum("cannot be read" in str(warning.message) for warning in told) == 1
         assert grader.compared_as_text == {"u(0,4]"}
         assert grader.grade("\\boxed{u\\left(0, 4\\right]}", "u(0,4]").status == "correct"
         assert grader.grade(f"\\boxed{{{reference}}}", reference).status == "correct"

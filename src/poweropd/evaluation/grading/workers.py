@@ -1,5 +1,6 @@
 """Grading processes: started when first needed, killed when they hang, replaced when they die or have grown old."""
 
+import contextlib
 import json
 import queue
 import subprocess
@@ -110,11 +111,15 @@ class Worker:
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # what it never read cannot be flushed any more
+            self._process.stdin.close()
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._lines.put(line.strip())
+        with self._process.stdout as lines:
+            for line in lines:
+                self._lines.put(line.strip())
         self._process.wait()
         self._lines.put("")  # it died
 
