@@ -8,8 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from poweropd.evaluation.grading import workers
-from poweropd.evaluation.grading import Grade, Grader, extract_answer
+from poweropd.evaluation.grading import Grade, Grader, extract_answer, workers
 from poweropd.evaluation.grading.math_worker import MEMORY_LIMIT
 
 

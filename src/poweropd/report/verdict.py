@@ -277,7 +277,7 @@ def _number(paired: Paired) -> str:
 
 def comparison(runs: list[RunData]) -> str:
     """What a comparison may be read as: the settings in which its runs differ."""
-    keys = _differing(runs)
+    keys = [key for key in _differing(runs) if key not in ASIDE]
     if not keys:
         return "The recipes are equal."
     return f"The recipes differ in {_named(keys)}; all else is equal."
