@@ -226,7 +226,8 @@ def test_evaluate(tmp_path: Path) -> None:
     code, again = invoke(*arguments, "--against", str(tmp_path / "out"), "--k", "3")  # finished: nothing is sampled
     assert code == 0, again
     assert "Pass@3" in again
-    assert "+0.0 [+0.0, +0.0]" in again
+    assert "+0.0 [-97.5, +97.5]" in again  # of one problem nothing is known
+    assert "on so few problems" in again
     assert "which is never written over: temperature 0.6 there" in complaint(*invoke(*arguments, "--temperature", "1"))
     arguments[5:] = [str(tmp_path / "default"), "--temperature", "0"]
     code, output = invoke(*arguments)  # the pair's context is 1024, as the default budget would be
@@ -240,10 +241,10 @@ def test_evaluate(tmp_path: Path) -> None:
     [
         (["--benchmark", "math501"], "unknown benchmark 'math501': did you mean math500?"),
         (["--benchmark", " "], "say what to evaluate on"),
-        (["--data", "no.jsonl"], "there is no file 'no.jsonl'"),
-        (["--data", "no.jsonl", "--temperature", "0", "--samples", "2"], "temperature 0 is greedy"),
-        (["--data", "no.jsonl", "--k", "5", "--k", "9"], "Pass@9 needs at least 9 samples a problem, there are 8"),
-        (["--data", "no.jsonl", "--against", "nowhere"], "nowhere holds no finished evaluation"),
+        (["--data", "no.jsonl"], "--data no.jsonl: there is no such file"),
+        (["--data", str(RECIPE), "--temperature", "0", "--samples", "2"], "temperature 0 is greedy"),
+        (["--data", str(RECIPE), "--k", "5", "--k", "9"], "Pass@9 needs at least 9 samples a problem, there are 8"),
+        (["--data", str(RECIPE), "--against", "nowhere"], "there is no folder nowhere"),
     ],
 )
 def test_evaluate_refuses_in_one_line(arguments: list[str], said: str) -> None:

@@ -1,6 +1,7 @@
 """Data sets to prompts: every source, every complaint, an order that is a pure function of seed and step."""
 
 import json
+import re
 from pathlib import Path
 
 import pyarrow
@@ -170,3 +171,34 @@ def test_a_step_does_not_depend_on_the_steps_before_it() -> None:
     for step in (5, 0, 7, 3):
         assert stream.take(step, 4) == in_order[step]
     assert PromptStream(prompts(7), seed=2).take(0, 4) != in_order[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ('{"problem": ["a"], "answer": "1"}', "row 0 has a list in column 'problem'; text is needed"),
+        ('{"problem": "a", "answer": null}', "row 0 has nothing in column 'answer'"),
+        ('{"problem": "a", "answer": true}', "row 0 has True for an answer"),
+        ('{"problem": "a", "answer": {"x": 1}}', "for an answer; text, a number or a list of them is needed"),
+        ('{"problem": "a", "answer": NaN}', "row 0 has nan for an answer"),
+        ('{"problem": "a \\ud800", "answer": "1"}', "line 1 is not JSON"),
+    ],
+)
+def test_rows_that_are_no_problems_are_refused(
+    row: str, said: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(row + "\n")
+    config = DataConfig(source="jsonl", path=str(path), chat=False)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_prompts(config, tokenizer, end_id=0, max_prompt_tokens=64)
+
+
+def test_answers_may_be_numbers_and_lists_and_ids_may_be_missing(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"problem": "a", "answer": 7, "id": null}\n{"problem": "b", "answer": ["1", 2.5], "id": null}\n')
+    config = DataConfig(source="jsonl", path=str(path), chat=False)
+    prompts = load_prompts(config, tokenizer, end_id=0, max_prompt_tokens=64)
+    assert [(prompt.id, prompt.answer) for prompt in prompts] == [("0", "7"), ("1", "1, 2.5")]

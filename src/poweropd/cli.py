@@ -26,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+WIDEST = 400  # columns; a number that is cut off is no number
 OVERLAP_FOUND = 3  # exit code of `data check`, apart from that of errors
 console = Console(highlight=False, soft_wrap=True)
 
@@ -190,7 +191,7 @@ def evaluate(
     with _plain_errors(debug):
         from poweropd.console import ConsoleObserver
         from poweropd.evaluation import show
-        from poweropd.evaluation.record import read_summaries
+        from poweropd.evaluation.record import read_summaries, same_problems
         from poweropd.evaluation.standalone import Settings, chosen_sets, evaluate_model
 
         asked = {"template": template, "system": system, "chat": chat, "enable_thinking": thinking, "limit": limit}
@@ -204,13 +205,16 @@ def evaluate(
             summaries = evaluate_model(model, sets, settings, out, observer.on_evaluation, preset=preset)
         _print_table(show.results(summaries, ks))
         console.print(f"in percent, with 95 % intervals over problems; graded {show.statuses(summaries)}", markup=False)
-        if other is not None:
-            _print_table(show.comparison(summaries, other))
+        if other is not None and against is not None:
+            same = {name: same_problems(out, against, name) for name in summaries}
+            _print_table(show.comparison(summaries, other, same))
             console.print(
                 f"percentage points more than {against}; gained and lost: problems now solved in at least half of the "
                 "samples, and no longer",
                 markup=False,
             )
+            for caution in show.cautions(summaries, other, same):
+                console.print(caution, style="yellow", markup=False)
         console.print(f"samples and results in {out}", markup=False)
 
 
@@ -220,7 +224,7 @@ def _print_table(table: Any) -> None:
         drawn.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for row in table.rows:
         drawn.add_row(*row)
-    console.print(drawn)
+    console.print(drawn, width=WIDEST)
 
 
 @app.command()

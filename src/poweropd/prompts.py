@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -52,7 +53,7 @@ def load_prompts(
         longest = max(overlong, key=lambda prompt: len(prompt.prompt_ids))
         raise ConfigError(
             f"{key}: {len(overlong)} prompts are longer than {limit} tokens, the longest is {longest.id} with "
-            f"{len(longest.prompt_ids)}. Set {key}.overlong=drop to leave them out, or lower max_new_tokens"
+            f"{len(longest.prompt_ids)}. Leave them out (in a recipe: {key}.overlong=drop), or lower max_new_tokens"
         )
     if not prompts:
         raise ConfigError(
@@ -65,11 +66,17 @@ def _prompt(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], index: int, end_id: int, key: str
 ) -> Prompt:
     def column(name: str) -> Any:
-        if row.get(name) is None:
+        if name not in row:
             raise ConfigError(f"{key}: row {index} has no column {name!r}; it has {', '.join(map(repr, row))}")
+        if row[name] is None:
+            raise ConfigError(f"{key}: row {index} has nothing in column {name!r}; leave it out")
         return row[name]
 
-    question = str(column(config.prompt))
+    question = column(config.prompt)
+    if not isinstance(question, str):
+        raise ConfigError(
+            f"{key}: row {index} has a {type(question).__name__} in column {config.prompt!r}; text is needed"
+        )
     text = config.template.replace("{prompt}", question)
     if config.chat:
         system = [{"role": "system", "content": config.system}] if config.system else []
@@ -80,12 +87,19 @@ def _prompt(
     if config.golden:
         golden = (*tokenizer.encode(str(column(config.golden)), add_special_tokens=False), end_id)
     return Prompt(
-        id=str(row.get("id", index)),
+        id=str(index if row.get("id") is None else row["id"]),
         prompt_ids=tuple(tokenizer.encode(text, add_special_tokens=not config.chat)),
         text=question,
-        answer=reference_answer(column(config.answer)) if config.answer else None,
+        answer=_answer(column(config.answer), f"{key}: row {index}") if config.answer else None,
         golden_ids=golden,
     )
+
+
+def _answer(value: Any, place: str) -> str:
+    several = value if isinstance(value, list) else [value]
+    if not all(isinstance(each, str) or (type(each) in (int, float) and math.isfinite(each)) for each in several):
+        raise ConfigError(f"{place} has {value!r} for an answer; text, a number or a list of them is needed")
+    return reference_answer(value)
 
 
 def reference_answer(value: Any) -> str:
@@ -149,6 +163,8 @@ def _jsonl_rows(path: Path, key: str) -> Iterator[dict[str, Any]]:
                 continue
             try:
                 row = json.loads(line)
+                if rb"\ud" in line.lower():
+                    json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no text
             except ValueError as error:  # not JSON, or not even text
                 raise ConfigError(f"{key}.path: {path} line {number} is not JSON: {error}") from None
             if not isinstance(row, dict):

@@ -1,6 +1,5 @@
 """A run directory: the record of a run, and the only thing that reporting reads."""
 
-import fcntl
 import json
 import os
 import platform
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, TextIO
 
 from poweropd.errors import RunError
+from poweropd.locking import locked
 
 Status = Literal["running", "finished", "interrupted", "failed"]
 LOGS = ("metrics", "rollouts", "positions", "distributions")
@@ -29,7 +29,7 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = _locked(path)
+        self._lock = locked(path / LOCK, str(path))
         self._logs: dict[str, TextIO] = {}
 
     @classmethod
@@ -151,16 +151,6 @@ def _processor() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor()
-
-
-def _locked(path: Path) -> TextIO:
-    file = (path / LOCK).open("a", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise RunError(f"{path} is in use by another process. Wait for it, or use another --out") from None
-    return file
 
 
 def _now() -> str:

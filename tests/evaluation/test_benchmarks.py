@@ -52,11 +52,14 @@ def test_an_unknown_name_gets_the_nearest(name: str, nearest: str) -> None:
         benchmark(name)
 
 
-def test_what_is_asked_must_be_said() -> None:
+def test_what_is_asked_must_be_said(tmp_path: Path) -> None:
+    (tmp_path / "math500.jsonl").write_text("{}")
     with pytest.raises(ConfigError, match="say what to evaluate on"):
         chosen_sets([], [], None, None, {}, {})
     with pytest.raises(ConfigError, match="two sets of problems are called math500"):
-        chosen_sets(["math500"], [Path("math500.jsonl")], None, None, {}, {})
+        chosen_sets(["math500"], [tmp_path / "math500.jsonl"], None, None, {}, {})
+    with pytest.raises(ConfigError, match="there is no such file, it is a folder"):
+        chosen_sets([], [tmp_path], None, None, {}, {})
     with pytest.raises(ConfigError, match="there is no folder nowhere"):
         chosen_sets(["math500"], [], Path("nowhere"), None, {}, {})
     assert set(chosen_sets(["math500"], [], None, "paper", {}, {})) == set(BENCHMARKS)

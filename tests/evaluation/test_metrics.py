@@ -70,6 +70,15 @@ def test_where_all_problems_agree_the_interval_is_that_of_a_binomial() -> None:
     assert (1 - nothing.high) ** 30 == pytest.approx(0.025)
     assert nothing.low == 0
     assert everything == (1.0, pytest.approx(1 - nothing.high), 1.0)
+    assert bootstrap([0.25] * 30) == (
+        0.25,
+        pytest.approx(0.25 * (1 - nothing.high)),
+        pytest.approx(0.25 + 0.75 * nothing.high),
+    )
+    alike = {str(n): 1.0 for n in range(30)}
+    assert paired(alike, alike).difference == (0.0, pytest.approx(-nothing.high), pytest.approx(nothing.high))
+    mixed = bootstrap_of_means([[0.0] * 30, [0.0, 1.0] * 15])
+    assert mixed.high == pytest.approx(bootstrap([0.0, 1.0] * 15, seed=1).high / 2 + nothing.high / 2, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -88,4 +97,4 @@ def test_majority(votes: list[tuple[str, bool]], value: float) -> None:
 
 def test_bootstrap_is_reproducible_and_exact_for_constants() -> None:
     assert bootstrap([0.5, 0.25, 1.0]) == bootstrap([0.5, 0.25, 1.0])
-    assert bootstrap([0.5] * 7) == (0.5, 0.5, 0.5)
+    assert bootstrap([12.0] * 7, bounds=None) == (12.0, 12.0, 12.0)

@@ -119,9 +119,48 @@ def test_another_evaluation_is_refused_and_says_why(engine: ScriptedEngine, tmp_
     with pytest.raises(RunError, match="the problems differ"):
         ask(engine, toy(0, 2), tmp_path)
     assert ask(engine, toy(0, 2), tmp_path, replace_other=True)["correct"] == {"0": 0, "2": 2}
-    (tmp_path / "toy.json").write_text("[1")
-    with pytest.raises(RunError, match="is no summary of an evaluation"):
-        ask(engine, toy(0, 1), tmp_path)
+    for damaged in ("[1", "5", '{"finished": true}', '{"finished": "maybe", "settings": {}, "grading": ""}'):
+        (tmp_path / "toy.json").write_text(damaged)
+        with pytest.raises(RunError, match="is no summary of an evaluation"):
+            ask(engine, toy(0, 1), tmp_path)
+
+
+def test_lines_that_are_no_samples_are_sampled_again(engine: ScriptedEngine, tmp_path: Path) -> None:
+    whole = ask(engine, toy(0, 1), tmp_path)
+    (tmp_path / "toy.json").unlink()
+    samples = tmp_path / "toy.jsonl"
+    lines = samples.read_text().splitlines()
+    samples.write_text("\n".join([*lines[:4], "5", '{"id": "1"}', *lines[4:7], lines[4], "[]"]))  # one twice, one gone
+    engine.asked = []
+    assert ask(engine, toy(0, 1), tmp_path) == whole
+    assert engine.asked == ["1"]
+    assert sorted(samples.read_text().splitlines()) == sorted(lines)
+
+
+def test_other_line_separators_within_a_text_split_no_line(engine: ScriptedEngine, tmp_path: Path) -> None:
+    problems = Problems("toy", [Prompt("1", (5,), text="a\u2028b\x85c\u2029d", answer="11")], "Toy")
+    ask(engine, problems, tmp_path)
+    engine.asked = []
+    ask(engine, problems, tmp_path, mode="math")  # graded again from what is on disk
+    assert engine.asked == []
+
+
+def test_two_at_once_in_one_place_are_refused(engine: ScriptedEngine, tmp_path: Path) -> None:
+    class Nested(ScriptedEngine):
+        def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> list[Rollout]:
+            with pytest.raises(RunError, match="in use by another process"):
+                ask(engine, toy(0, 1), tmp_path)
+            return super().generate(prompts, sampling, seed=seed)
+
+    nested = Nested(engine._tokenizer)
+    assert ask(nested, toy(0, 1), tmp_path)["problems"] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["toy.json", "toy.jsonl"]
+
+
+def test_a_place_that_cannot_be_written_is_named(engine: ScriptedEngine, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot write into"):
+        ask(engine, toy(0), tmp_path / "file" / "below")
 
 
 def test_another_grading_grades_again_and_samples_nothing(engine: ScriptedEngine, tmp_path: Path) -> None:
@@ -158,9 +197,9 @@ def test_subsets_are_fixed_and_nested() -> None:
 
 
 def test_problems_that_cannot_be_graded_are_refused() -> None:
-    with pytest.raises(ConfigError, match="1 problems have no reference answer, the first is 7"):
+    with pytest.raises(ConfigError, match="no reference answer to problem 7"):
         Problems("toy", [Prompt("7", (1,))], "Toy")
-    with pytest.raises(ConfigError, match="1 problems have an id that another has"):
+    with pytest.raises(ConfigError, match="the id '7' is that of 2 problems"):
         Problems("toy", [Prompt("7", (1,), answer="1"), Prompt("7", (2,), answer="1")], "Toy")
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from poweropd.errors import RunError
-from poweropd.evaluation.show import comparison, results, statuses
+from poweropd.evaluation.show import cautions, comparison, results, statuses
 from poweropd.evaluation.summary import summarise
 
 
@@ -25,10 +25,11 @@ SUMMARIES = {"mine": summary("Mine", [4, 4]), "aime24": summary("AIME24", [0, 2,
 def test_columns_are_in_the_order_of_the_paper_and_end_with_the_mean() -> None:
     table = results(SUMMARIES, further_ks=(3,))
     assert table.headings == ["", "GSM8K", "AIME24", "Mine", "mean"]
-    rows = {row[0]: row[1:] for row in table.rows}
+    rows = {row[0]: row[1:] for row in table.rows if row[0]}
     assert list(rows) == [
         "Avg@4", "Pass@2", "Pass@3", "Pass@4", "Maj@4", "length", "cut", "repetitive", "problems",
     ]  # fmt: skip
+    assert table.rows[1][1:3] == ["4-88", "0-100"]  # GSM8K: both problems have 1 of 4
     assert [cell.split()[0] for cell in rows["Avg@4"]] == ["25.0", "50.0", "100.0", "58.3"]
     assert [cell.split()[0] for cell in rows["Pass@3"]] == ["75.0", "66.7", "100.0", "80.6"]
     assert rows["problems"] == ["2", "3", "2"]
@@ -41,8 +42,22 @@ def test_one_sample_has_no_passes_and_one_benchmark_no_mean() -> None:
     assert [row[0] for row in table.rows] == ["Avg@1", "length", "cut", "repetitive", "problems"]
 
 
+def with_settings(summaries: dict, **settings: object) -> dict:
+    return {name: {**each, "settings": {"temperature": 1.0, **settings}} for name, each in summaries.items()}
+
+
 def test_a_comparison_is_of_the_shared_problems() -> None:
-    table = comparison(SUMMARIES, {"aime24": summary("AIME24", [2, 0])})
+    same = {"aime24": {"0", "1", "2"}, "gsm8k": set(), "mine": {"0"}}
+    table = comparison(SUMMARIES, {"aime24": summary("AIME24", [2, 0])}, same)
     assert table.rows == [["AIME24", "+0.0 [-50.0, +50.0]", "1", "1", "2"]]
     with pytest.raises(RunError, match="nothing to compare"):
-        comparison(SUMMARIES, {"math500": SUMMARIES["mine"]})
+        comparison(SUMMARIES, {"math500": SUMMARIES["mine"]}, same)
+
+
+def test_a_comparison_says_what_speaks_against_it() -> None:
+    mine, theirs = with_settings(SUMMARIES, seed=1), with_settings(SUMMARIES, seed=2)
+    told = cautions(mine, theirs, {"aime24": {"0", "1"}, "gsm8k": {"0", "1"}, "mine": {"0", "1"}})
+    assert "aime24: made otherwise: seed 2 there, 1 here" in told
+    assert "aime24: 1 ids stand for another problem there, and are left out" in told
+    assert any("on so few problems" in line for line in told)
+    assert cautions(mine, {}, {}) == []

@@ -174,7 +174,7 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(name: str) -> None
     inputs = inputs_of(objective, torch.randint(0, 15, (11,)), teacher, student)
     found = unshaped_terms(objective, hidden, student.heads[0], inputs)
     numbers = torch.arange(11) // 4
-    tokens = StepTokens(*found[1:], rollouts=numbers, prompts=numbers)
+    tokens = StepTokens(*found[1:7], rollouts=numbers, prompts=numbers)
     shaped = objective.shape(tokens) if objective.needs_whole_step else None
 
     def part_of(value: Any, part: slice) -> Any:

@@ -64,22 +64,26 @@ def maj_at_k(votes: Sequence[tuple[str, bool]]) -> float:
     return sum(leaders) / len(leaders)
 
 
-def bootstrap(per_problem: Sequence[float], *, seed: int = 0) -> Estimate:
+def bootstrap(
+    per_problem: Sequence[float], *, seed: int = 0, bounds: tuple[float, float] | None = (0.0, 1.0)
+) -> Estimate:
     """Mean over problems with a percentile interval from resampled problems, whose samples are not independent.
 
-    Where every problem has the value 0, or 1, resampling would promise certainty: there the interval reaches to the
-    share that n problems fail to show with probability 2.5 % (exact binomial).
+    Where all problems agree, resampling would promise certainty: there the interval allows for problems at either end of
+    `bounds`, as many as n problems fail to show with probability 2.5 % (exact binomial).
+
+    Args:
+        bounds: least and largest value there can be; None where there are none, as of a length.
     """
-    values = np.asarray(per_problem, dtype=float)
-    return _interval(values, _resampled_means(values, seed))
+    return _estimate([np.asarray(per_problem, dtype=float)], seed, bounds)
 
 
 def bootstrap_of_means(groups: Sequence[Sequence[float]], *, seed: int = 0) -> Estimate:
-    """The mean over benchmarks of their means over problems; problems are resampled within each benchmark."""
-    arrays = [np.asarray(group, dtype=float) for group in groups]
-    means = np.mean([_resampled_means(array, seed + place) for place, array in enumerate(arrays)], axis=0)
-    low, high = np.quantile(means, [TAIL, 1 - TAIL])
-    return Estimate(float(np.mean([array.mean() for array in arrays])), float(low), float(high))
+    """The mean over benchmarks of their mean shares; problems are resampled within each benchmark.
+
+    A benchmark whose problems all agree widens the interval by its exact binomial bound.
+    """
+    return _estimate([np.asarray(group, dtype=float) for group in groups], seed, bounds=(0.0, 1.0))
 
 
 def paired(first: Mapping[str, float], second: Mapping[str, float], *, seed: int = 0) -> Paired:
@@ -94,7 +98,8 @@ def paired(first: Mapping[str, float], second: Mapping[str, float], *, seed: int
 def paired_of_means(benchmarks: Sequence[tuple[Mapping[str, float], Mapping[str, float]]], *, seed: int = 0) -> Paired:
     """As `paired`, over several benchmarks: the difference is the mean over benchmarks of their mean differences.
 
-    Problems are resampled within each benchmark; gained and lost problems are counted over all of them.
+    Problems are resampled within each benchmark, and one on which all differences are equal widens the interval by the
+    exact binomial bound of problems that differ otherwise; gained and lost problems are counted over all of them.
 
     Raises:
         ValueError: there is no benchmark, or the models share no problem of one.
@@ -109,15 +114,25 @@ def paired_of_means(benchmarks: Sequence[tuple[Mapping[str, float], Mapping[str,
     if not before:
         raise ValueError("there is no benchmark to compare on")
     differences = [late - early for early, late in zip(before, after, strict=True)]
-    means = np.mean([_resampled_means(values, seed + place) for place, values in enumerate(differences)], axis=0)
-    low, high = np.quantile(means, [TAIL, 1 - TAIL])
     was, now = np.concatenate(before), np.concatenate(after)
     return Paired(
-        Estimate(float(np.mean([values.mean() for values in differences])), float(low), float(high)),
+        _estimate(differences, seed, bounds=(-1.0, 1.0)),
         gained=int(((was < 0.5) & (now >= 0.5)).sum()),
         lost=int(((was >= 0.5) & (now < 0.5)).sum()),
         problems=len(was),
     )
+
+
+def _estimate(groups: Sequence[np.ndarray], seed: int, bounds: tuple[float, float] | None) -> Estimate:
+    """The mean of the groups' means; `bounds` are what a value could be of a problem that is not among those asked."""
+    means = np.mean([_resampled_means(values, seed + place) for place, values in enumerate(groups)], axis=0)
+    low, high = np.quantile(means, [TAIL, 1 - TAIL])
+    for values in groups:
+        if bounds is not None and values.min() == values.max():
+            unseen = (1 - TAIL ** (1 / len(values))) / len(groups)
+            low -= unseen * (values[0] - bounds[0])
+            high += unseen * (bounds[1] - values[0])
+    return Estimate(float(np.mean([values.mean() for values in groups])), float(low), float(high))
 
 
 def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
@@ -128,14 +143,3 @@ def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
     return np.concatenate(
         [values[rng.integers(len(values), size=(block, len(values)))].mean(axis=1) for block in blocks]
     )
-
-
-def _interval(values: np.ndarray, means: np.ndarray) -> Estimate:
-    mean = float(values.mean())
-    unseen = 1 - TAIL ** (1 / len(values))
-    if (values == 0).all():
-        return Estimate(mean, 0.0, unseen)
-    if (values == 1).all():
-        return Estimate(mean, 1 - unseen, 1.0)
-    low, high = np.quantile(means, [TAIL, 1 - TAIL])
-    return Estimate(mean, float(low), float(high))

@@ -1,6 +1,7 @@
 """Sample, grade and summarise: the same code before, during and after training and in `poweropd evaluate`."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -41,11 +42,14 @@ class Problems:
         missing = [prompt.id for prompt in self.prompts if not prompt.answer]
         if missing:
             raise ConfigError(
-                f"{self.name}: {len(missing)} problems have no reference answer, the first is {missing[0]}; leave them out"
+                f"{self.name}: no reference answer to problem {missing[0]}, nor to {len(missing) - 1} others; leave them out"
             )
-        twice = len(self.prompts) - len({prompt.id for prompt in self.prompts})
+        ids = Counter(prompt.id for prompt in self.prompts)
+        twice = [name for name, count in ids.items() if count > 1]
         if twice:
-            raise ConfigError(f"{self.name}: {twice} problems have an id that another has; give each its own, or none")
+            raise ConfigError(
+                f"{self.name}: the id {twice[0]!r} is that of {ids[twice[0]]} problems; give each its own, or none"
+            )
 
     def subset(self, count: int | None) -> "Problems":
         """`count` of them, always the same ones whatever their order; a smaller subset lies within a larger one."""
@@ -98,31 +102,31 @@ def evaluate(
         "seed": asking.seed,
         **asdict(sampling) | {"stop_ids": list(sampling.stop_ids)},
     }
-    record = Record(folder, problems.name, settings, grader.version, cache)
-    total = len(problems.prompts)
-    if replace_other:
-        record.make_room()
-    known = record.known()
-    if known is not None:
-        on_progress(total, total, known[f"avg_at_{sampling.samples_per_prompt}"])
-        return known
-    samples = _graded(record.begin(sampling.samples_per_prompt), grader)  # perhaps by an earlier grader
-    record.rewrite(samples)
-    asked = {sample["id"] for sample in samples}
-    remaining = [prompt for prompt in problems.prompts if prompt.id not in asked]
-    on_progress(total - len(remaining), total, _accuracy(samples))
-    for start in range(0, len(remaining), asking.problems_per_call):
-        prompts = remaining[start : start + asking.problems_per_call]
-        rollouts = engine.generate(prompts, sampling, seed=asking.seed)
-        graded = _graded([_sample(rollout, tokenizer, sampling) for rollout in rollouts], grader)
-        record.append(graded)
-        samples += graded
-        on_progress(len(samples) // sampling.samples_per_prompt, total, _accuracy(samples))
-    order = {prompt.id: place for place, prompt in enumerate(problems.prompts)}
-    samples.sort(key=lambda sample: order[sample["id"]])
-    return record.finish(
-        {"benchmark": problems.name, "title": problems.title, "version": problems.version, **summarise(samples)}
-    )
+    with Record(folder, problems.name, settings, grader.version, cache) as record:
+        if replace_other:
+            record.make_room()
+        total = len(problems.prompts)
+        known = record.known()
+        if known is not None:
+            on_progress(total, total, known[f"avg_at_{sampling.samples_per_prompt}"])
+            return known
+        samples = _graded(record.begin(sampling.samples_per_prompt), grader)  # perhaps by an earlier grader
+        record.rewrite(samples)
+        asked = {sample["id"] for sample in samples}
+        remaining = [prompt for prompt in problems.prompts if prompt.id not in asked]
+        on_progress(total - len(remaining), total, _accuracy(samples))
+        for start in range(0, len(remaining), asking.problems_per_call):
+            prompts = remaining[start : start + asking.problems_per_call]
+            rollouts = engine.generate(prompts, sampling, seed=asking.seed)
+            graded = _graded([_sample(rollout, tokenizer, sampling) for rollout in rollouts], grader)
+            record.append(graded)
+            samples += graded
+            on_progress(len(samples) // sampling.samples_per_prompt, total, _accuracy(samples))
+        order = {prompt.id: place for place, prompt in enumerate(problems.prompts)}
+        samples.sort(key=lambda sample: order[sample["id"]])
+        return record.finish(
+            {"benchmark": problems.name, "title": problems.title, "version": problems.version, **summarise(samples)}
+        )
 
 
 def decode_response(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> str:

@@ -1,11 +1,17 @@
 """Evaluations as tables of text: benchmarks in the column order of the paper, and their mean."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Container, Mapping
+from math import isnan, nan
 from typing import Any, NamedTuple
 
 from poweropd.errors import RunError
 from poweropd.evaluation.metrics import Estimate, bootstrap, bootstrap_of_means, paired, pass_at_k
+from poweropd.evaluation.record import differences
 from poweropd.evaluation.summary import Summaries, in_paper_order, pass_ks, solved
+
+SIDE_BY_SIDE = 2  # benchmarks; of more, the intervals have rows of their own
+FEW_PROBLEMS = 20  # below it, an interval from resampled problems is known to be too narrow
+ASIDE = ("model", "problems", "stop_ids")  # settings that two models may well differ in
 
 
 class Table(NamedTuple):
@@ -14,7 +20,7 @@ class Table(NamedTuple):
 
 
 def results(summaries: Summaries, further_ks: tuple[int, ...] = ()) -> Table:
-    """A row a measure, a column a benchmark; accuracies in percent with their 95 % interval.
+    """A row a measure, a column a benchmark; shares in percent, with their 95 % interval beside or, of many, below.
 
     With several benchmarks the last column is their mean; the interval of Avg@k there is of problems resampled within
     each.
@@ -33,16 +39,25 @@ def results(summaries: Summaries, further_ks: tuple[int, ...] = ()) -> Table:
     rows = []
     for key, label in shown.items():
         scale = 1.0 if key == "mean_length" else 100.0
-        row = [label]
-        for name in names:
-            mean, low, high = (scale * value for value in estimates[name][key])
-            row.append(f"{mean:.1f} [{low:.1f}, {high:.1f}]")
+        cells = [Estimate(*(scale * value for value in estimates[name][key])) for name in names]
         if len(names) > 1:
-            mean = scale * sum(estimates[name][key].mean for name in names) / len(names)
-            row.append(f"{mean:.1f}" + (_mean_interval(summaries) if key == f"avg_at_{k}" else ""))
-        rows.append(row)
+            mean = sum(cell.mean for cell in cells) / len(cells)
+            cells.append(_mean(summaries) if key == f"avg_at_{k}" else Estimate(mean, nan, nan))
+        if len(names) <= SIDE_BY_SIDE:
+            rows.append([label, *(_with_interval(cell) for cell in cells)])
+        else:
+            rows.append([label, *(f"{cell.mean:.1f}" for cell in cells)])
+            rows.append(["", *(_interval(cell) for cell in cells)])
     headings = ["", *(summaries[name]["title"] for name in names), *(["mean"] if len(names) > 1 else [])]
     return Table(headings, [*rows, ["problems", *(str(summaries[name]["problems"]) for name in names)]])
+
+
+def _with_interval(cell: Estimate) -> str:
+    return f"{cell.mean:.1f}" + ("" if isnan(cell.low) else f" [{cell.low:.1f}, {cell.high:.1f}]")
+
+
+def _interval(cell: Estimate) -> str:
+    return "" if isnan(cell.low) else f"{cell.low:.0f}-{cell.high:.0f}"
 
 
 def _estimates(summary: Mapping[str, Any], further_ks: tuple[int, ...]) -> dict[str, Estimate]:
@@ -52,9 +67,10 @@ def _estimates(summary: Mapping[str, Any], further_ks: tuple[int, ...]) -> dict[
     return told | {f"pass_at_{n}": bootstrap(values) for n, values in passed.items()}
 
 
-def _mean_interval(summaries: Summaries) -> str:
-    estimate = bootstrap_of_means([list(solved(summary).values()) for summary in summaries.values()])
-    return f" [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
+def _mean(summaries: Summaries) -> Estimate:
+    """Of Avg@k over benchmarks, in percent."""
+    found = bootstrap_of_means([list(solved(summary).values()) for summary in summaries.values()])
+    return Estimate(*(100 * value for value in found))
 
 
 def statuses(summaries: Summaries) -> str:
@@ -66,16 +82,21 @@ def statuses(summaries: Summaries) -> str:
     return ", ".join(f"{count} {status}" for status, count in sorted(counts.items(), key=lambda item: -item[1]))
 
 
-def comparison(mine: Summaries, theirs: Summaries) -> Table:
+def comparison(mine: Summaries, theirs: Summaries, same: Mapping[str, Container[str]]) -> Table:
     """This evaluation minus another on the problems that both asked, a row a benchmark.
+
+    Args:
+        same: of each benchmark the ids under which both asked the same problem.
 
     Raises:
         RunError: they share none.
     """
     rows = []
     for name in in_paper_order(mine):
-        if name in theirs and set(mine[name]["correct"]) & set(theirs[name]["correct"]):
-            found = paired(solved(theirs[name]), solved(mine[name]))
+        ours = {problem: share for problem, share in solved(mine[name]).items() if problem in same.get(name, ())}
+        others = solved(theirs[name]) if name in theirs else {}
+        if ours.keys() & others.keys():
+            found = paired(others, ours)
             mean, low, high = (100 * value for value in found.difference)
             told = [f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", *map(str, (found.gained, found.lost, found.problems))]
             rows.append([mine[name]["title"], *told])
@@ -84,3 +105,21 @@ def comparison(mine: Summaries, theirs: Summaries) -> Table:
             f"nothing to compare: one evaluation has {', '.join(mine)}, the other {', '.join(theirs)}, and no problem is in both"
         )
     return Table(["", "difference of Avg@k", "gained", "lost", "problems"], rows)
+
+
+def cautions(mine: Summaries, theirs: Summaries, same: Mapping[str, Collection[str]]) -> list[str]:
+    """What a comparison must be read with: settings that differ, problems left out, and too few of them."""
+    told = []
+    for name in mine:
+        if name in theirs:
+            asked = mine[name]["correct"].keys() & theirs[name]["correct"].keys()
+            settings = {key: value for key, value in mine[name]["settings"].items() if key not in ASIDE}
+            if differ := differences(theirs[name]["settings"], settings):
+                told.append(f"{name}: made otherwise: {differ}")
+            if len(asked) > len(same[name]):
+                told.append(
+                    f"{name}: {len(asked) - len(same[name])} ids stand for another problem there, and are left out"
+                )
+            if 0 < len(same[name]) < FEW_PROBLEMS:
+                told.append(f"{name}: on so few problems the interval is too narrow; trust it from {FEW_PROBLEMS} on")
+    return told

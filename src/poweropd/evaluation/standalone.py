@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from poweropd.errors import ConfigError
+from poweropd.errors import ConfigError, RunError
 from poweropd.evaluation.benchmarks import BENCHMARKS, PRESETS, benchmark
 from poweropd.evaluation.grading import Grader, GradingMode
 from poweropd.evaluation.runner import Asking, Problems, evaluate
@@ -55,6 +55,8 @@ def chosen_sets(
     names = list(dict.fromkeys([*names, *(PRESETS[preset].benchmarks if preset else ())]))
     sets = {name: benchmark(name).data(folder, **asked) for name in names}
     for path in files:
+        if not path.is_file():
+            raise ConfigError(f"--data {path}: there is no such file{', it is a folder' if path.is_dir() else ''}")
         if path.stem in sets:
             raise ConfigError(f"two sets of problems are called {path.stem}; rename the file {path}")
         source = "parquet" if path.suffix == ".parquet" else "jsonl"
@@ -98,6 +100,10 @@ def evaluate_model(
             f"Pass@{impossible[0]} needs at least {impossible[0]} samples a problem, there are {samples}; use --samples "
             f"{max(impossible)}"
         )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot make {out}: {error.strerror or error}. Use another --out") from None
     device = default_device()
     dtype = resolve_precision(settings.precision, device)
     tokenizer = load_tokenizer(name)

@@ -35,7 +35,10 @@ def summarise(samples: Sequence[Sample]) -> dict[str, Any]:
         "truncation": share("finish_reason", "length"),
         "repetition": share("repetitive", True),
     }
-    estimates = {name: bootstrap(values) for name, values in measures.items()}
+    estimates = {
+        name: bootstrap(values, bounds=None if name == "mean_length" else (0.0, 1.0))
+        for name, values in measures.items()
+    }
     return {
         "problems": len(problems),
         "samples": k,

@@ -14,7 +14,7 @@ from poweropd.evaluation.grading.workers import WorkerPool
 GradeStatus = Literal["correct", "wrong", "no_answer", "unparsable", "timeout"]
 GradingMode = Literal["math", "exact"]
 GRADING_VERSION = 1  # raised whenever the same answer could get another grade
-LONGEST_ANSWER = 1000  # characters; a longer "answer" is not one
+LONGEST_ANSWER = 1000  # characters; a longer "answer" is not one, and a longer reference is compared as text
 DEEPEST_NESTING = 12  # brackets within brackets; parsing time grows exponentially with them
 MOST_REMEMBERED = 100_000
 _INTEGER = re.compile(r"-?\d+")
@@ -110,7 +110,7 @@ class Grader:
     def _grade_plainly(self, answer: str, reference: str) -> GradeStatus | None:
         if len(answer) > LONGEST_ANSWER or _nesting(answer) > DEEPEST_NESTING:
             return "unparsable"
-        if self._mode == "exact":
+        if self._mode == "exact" or len(reference) > LONGEST_ANSWER:
             return "correct" if _same_text(answer, reference) else "wrong"
         equal = compare(answer, reference)
         return None if equal is None else "correct" if equal else "wrong"
