@@ -5,7 +5,8 @@ from statistics import fmean, median
 
 from poweropd.evaluation.metrics import Paired
 from poweropd.evaluation.summary import in_paper_order
-from poweropd.report.runs import Record, RunData, Summaries
+from poweropd.report.records import Record
+from poweropd.report.runs import RunData, Summaries
 from poweropd.report.scores import compare, distinct, estimate, mean, samples, title
 from poweropd.report.verdict import interval, ranking
 
@@ -212,5 +213,5 @@ def _cell(model: _Model, measure: str) -> str:
 
 
 def _minutes(model: _Model) -> str:
-    seconds = (model.run.summary or {}).get("seconds") if model.run is not None else None
+    seconds = model.run.seconds if model.run is not None else None
     return "" if seconds is None else f"{seconds / 60:.1f}"

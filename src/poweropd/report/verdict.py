@@ -5,7 +5,8 @@ from math import isnan, sqrt
 from statistics import fmean, variance
 
 from poweropd.evaluation.metrics import Estimate, Paired
-from poweropd.report.runs import Record, RunData, Summaries
+from poweropd.report.records import Record
+from poweropd.report.runs import RunData, Summaries
 from poweropd.report.scores import compare, mean, on_shared_problems, samples
 
 FEW_PROBLEMS = 20  # below it, an interval from resampled problems is known to be too narrow
@@ -64,6 +65,11 @@ class Trend:
     first: float
     last: float
     is_clear: bool
+
+
+def counted(number: int, name: str) -> str:
+    """`1 problem`, `2 problems`."""
+    return f"{number} {name}{'' if number == 1 else 's'}"
 
 
 def holds_zero(paired: Paired) -> bool:
