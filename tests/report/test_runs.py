@@ -88,7 +88,7 @@ def test_a_recipe_and_nothing_else(tmp_path: Path) -> None:
     shutil.copy(FIXTURE / "recipe.yaml", folder)
     run = read_run(folder)
     assert (run.metrics, run.evaluations, run.steps_taken) == ([], {}, 0)
-    assert "Nothing has been logged yet" in everything(run)
+    assert everything(run) == "Nothing has been logged yet: there is a recipe and no step."
     assert drawn([run]) == {}
     assert tables([run]) == []
     (folder / "recipe.yaml").write_text("objective: power\n")  # sections of another form, or none
