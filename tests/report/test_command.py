@@ -73,4 +73,4 @@ def test_a_page_that_cannot_be_written(out: str, told: str, runs: list[Path], tm
 def test_a_run_given_twice_is_refused(again: str, runs: list[Path], tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["report", str(runs[0]), f"{runs[0].parent}/{again}"])
     assert result.exit_code == 1
-    assert "are one run: give each once" in " ".join(result.stderr.split())
+    assert "given twice: give each run once" in " ".join(result.stderr.split())

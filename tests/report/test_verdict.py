@@ -1,11 +1,14 @@
 """The sentences of a verdict claim no more than is known, and are whole English."""
 
+import json
 import shutil
 from pathlib import Path
 
+import pytest
 from fixtures import edit_summaries, variant
 
 from poweropd.report.runs import read_run
+from poweropd.report.tables import tables
 from poweropd.report.verdict import headline, verdict
 
 
@@ -37,3 +40,32 @@ def test_without_pairs_overlapping_intervals_leave_it_open(tmp_path: Path) -> No
     assert "which may be chance" in headline(read_run(folder))
     edit_summaries(folder, lambda place, found: {**found, "intervals": None})
     assert "overlap" not in verdict([read_run(folder)])[0]
+
+
+@pytest.mark.parametrize(
+    ("status", "told"), [(None, "Nothing has been logged yet"), ("failed", "run failed after 0 of 60")]
+)
+def test_an_empty_run_is_told_once(status: str | None, told: str, tmp_path: Path) -> None:
+    folder = variant(tmp_path / "run", lambda _: None)
+    shutil.rmtree(folder / "eval")
+    (folder / "manifest.json").write_text(json.dumps({"status": status}))
+    (sentence,) = verdict([read_run(folder)])
+    assert sentence.startswith(told)
+
+
+def test_equal_students_share_the_star(tmp_path: Path) -> None:
+    runs = [read_run(variant(tmp_path / name)) for name in ("one", "two")]
+    (table,) = (table for table in tables(runs) if table.title == "Benchmarks")
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert rows["Avg@4 one"] == rows["Avg@4 two"]
+    assert all(cell.endswith("*") for cell in rows["Avg@4 one"])
+
+
+def test_a_lead_on_few_problems_is_not_called_one(tmp_path: Path) -> None:
+    one, two = (variant(tmp_path / name) for name in ("one", "two"))
+    for folder, correct in ((one, 4), (two, 0)):
+        edit_summaries(folder, lambda place, found, correct=correct: {**found, "correct": {f"{k}": correct for k in range(4)}})  # fmt: skip
+    lead = verdict([read_run(one), read_run(two)])[0]
+    assert lead.startswith("one has the highest Avg@4, 1.000: ")
+    assert "too few for the interval to be trusted" in lead
+    assert "distinguishable" not in lead

@@ -36,7 +36,8 @@ def _refuse_twins(runs: list[RunData]) -> None:
     known: dict[Path, RunData] = {}
     for run in runs:
         if (first := known.setdefault(run.path.resolve(), run)) is not run:
-            raise RunError(f"{first.path} and {run.path} are one run: give each once")
+            both = f"{run.path} is" if run.path == first.path else f"{first.path} and {run.path} are one run,"
+            raise RunError(f"{both} given twice: give each run once")
 
 
 def content(runs: list[RunData]) -> Content:

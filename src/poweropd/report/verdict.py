@@ -162,6 +162,9 @@ def interval(estimate: Estimate, *, sign: bool = False, digits: int = 3) -> str:
 def _verdict_of_one(run: RunData) -> list[str]:
     told = [text] if (text := _unfinished(run)) else []
     found = change(run)
+    if found is None and not run.metrics:
+        told_all = run.status in ("running", "interrupted", "failed")
+        return told if told_all else ["Nothing has been logged yet: there is a recipe and no step."]
     if found is None:
         return [*told, *_without_evaluations(run)]
     return [*told, *(text for text in (_answer(found), _problems(found), _length(run)) if text)]
@@ -170,8 +173,6 @@ def _verdict_of_one(run: RunData) -> list[str]:
 def _unfinished(run: RunData) -> str:
     if run.status == "finished":
         return ""
-    if not run.metrics and not run.evaluations:
-        return ""  # that nothing has been logged is told after this
     of = run.steps_planned
     done = f"after {run.steps_taken} of {counted(of, 'step')}" if of else f"after {counted(run.steps_taken, 'step')}"
     reasons = {
@@ -244,8 +245,6 @@ def _length(run: RunData) -> str:
 
 
 def _without_evaluations(run: RunData) -> list[str]:
-    if not run.metrics:
-        return ["Nothing has been logged yet: there is a recipe and no step."]
     if run.evaluations:
         when = "before training alone" if run.last is None else "after training alone"
         known = f"The student was evaluated {when}"
@@ -296,9 +295,9 @@ def _lead(ranked: list[tuple[RunData, Estimate]]) -> str:
             text += f": {second.name} against {best.name} {interval(lead.difference, sign=True)} over {_number(lead)}"
         return text + "."
     if lead is None:
-        overlap = level.low <= below.high
-        sure = "the 95 % intervals overlap" if overlap else "the 95 % intervals do not overlap"
-        text = f"{has}, ahead of {second.name} with {below.mean:.3f}: {sure}"
+        text = f"{has}, ahead of {second.name} with {below.mean:.3f}"
+        if not isnan(level.low) and not isnan(below.high):
+            text += f": the 95 % intervals {'overlap' if level.low <= below.high else 'do not overlap'}"
     else:
         text = f"{has}: {interval(lead.difference, sign=True)} more than {second.name} over {_number(lead)}"
         if holds_zero(lead):
