@@ -35,3 +35,8 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
 
 def test_no_two_of_many_runs_look_the_same() -> None:
     assert len({(colour(run), mark(run)) for run in range(100)}) == 100
+
+
+def test_a_folder_that_cannot_be_made() -> None:
+    with pytest.raises(RunError, match="--figures /proc/figures: the folder cannot be made: "):
+        save_each([], Path("/proc/figures"))
