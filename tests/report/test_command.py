@@ -48,3 +48,29 @@ def test_a_file_where_the_folder_of_figures_should_be(runs: list[Path], tmp_path
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1
     assert "there is a file of that name; give a folder" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("out", "told"),
+    [
+        ("taken/page.html", "the page cannot be written there"),
+        ("/proc/page.html", "the page cannot be written there"),
+        ("folder", "there is a folder of that name; give a file such as"),
+    ],
+)
+def test_a_page_that_cannot_be_written(out: str, told: str, runs: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    result = CliRunner().invoke(app, ["report", str(runs[0]), "--out", str(tmp_path / out)])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: --out ")
+    assert told in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("again", ["run", "run/", "../a/run"])
+def test_a_run_given_twice_is_refused(again: str, runs: list[Path], tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["report", str(runs[0]), f"{runs[0].parent}/{again}"])
+    assert result.exit_code == 1
+    assert "given twice: give each run once" in " ".join(result.stderr.split())

@@ -6,6 +6,7 @@ import pytest
 from made_up import made_up
 
 from poweropd.errors import RunError
+from poweropd.report.colours import colour, mark
 from poweropd.report.image import save_each
 
 FIGURES = [figure for section in made_up(2).sections for figure in section.figures]
@@ -30,3 +31,12 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("mine")
     with pytest.raises(RunError, match="there is a file of that name; give a folder"):
         save_each(FIGURES, tmp_path / "taken")
+
+
+def test_no_two_of_many_runs_look_the_same() -> None:
+    assert len({(colour(run), mark(run)) for run in range(100)}) == 100
+
+
+def test_a_folder_that_cannot_be_made() -> None:
+    with pytest.raises(RunError, match="--figures /proc/figures: the folder cannot be made: "):
+        save_each([], Path("/proc/figures"))

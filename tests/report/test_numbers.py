@@ -102,6 +102,9 @@ def test_what_cannot_be_told_apart_is_not_called_better(tmp_path: Path) -> None:
     answer = verdict([read_run(folder)])[0]
     assert answer.startswith("The change is not distinguishable from no change: ")
     assert "gap" not in answer
+    line = headline(read_run(folder))
+    assert "not distinguishable from no change" in line
+    assert "gap" not in line
 
 
 def test_a_student_that_got_worse_is_said_to_have(tmp_path: Path) -> None:
@@ -116,7 +119,15 @@ def test_few_problems_are_said_to_be_few(tmp_path: Path) -> None:
     folder = variant(tmp_path / "run")
     shutil.rmtree(folder / "eval" / "000030")
     edit_summaries(folder, lambda place, found: {**found, "correct": dict(list(found["correct"].items())[:4])})
-    assert "over 8 problems, too few for the interval to be trusted" in verdict([read_run(folder)])[0]
+    run = read_run(folder)
+    answer = verdict([run])[0]
+    assert answer.startswith("The student did better on few problems, which is not certain: Avg@4 went from ")
+    assert "over 8 problems, too few for the interval to be trusted" in answer
+    assert "on few problems" in headline(run)
+    other = read_run(variant(tmp_path / "other"))
+    assert not any(
+        "gap" in text or "distinguishable lead" in text for text in (answer, headline(run), *verdict([run, other]))
+    )
 
 
 def test_results_and_benchmarks() -> None:
@@ -285,7 +296,8 @@ def test_a_teacher_of_several_runs_is_shown_once_and_another_by_its_run(tmp_path
 def test_equal_runs_have_no_distinguishable_lead(tmp_path: Path) -> None:
     runs = [read_run(variant(tmp_path / name)) for name in ("one", "two")]
     lead, differing = verdict(runs)
-    assert "not distinguishable from no lead" in lead
+    assert lead.startswith("one and two are level with the highest Avg@4, 0.")
+    assert "lead" not in lead
     assert differing == comparison(runs) == "The recipes are equal."
 
 

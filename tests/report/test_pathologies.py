@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from fixtures import FIXTURE, REAL, edit_summaries, lines, summary, variant, write_lines
 
 from poweropd.report.pathologies import Pathology, pathologies
@@ -21,7 +22,7 @@ ILL: dict[str, tuple[str, Record]] = {
     "truncation": ("Truncation lock", {"truncation": 0.95}),
     "repetition": ("Repetition", {"repetition": 0.4}),
     "ends": ("End-token mismatch", {"end_token/log_ratio": -7.0}),
-    "never ends": ("End-token mismatch", {"end_token/share": 0.2}),
+    "never ends": ("Fewer answers end", {"end_token/share": 0.2}),
     "collapse": ("Mode collapse", {"entropy/student": 0.05, "top1_agreement": 0.5}),
     "mismatch": ("Sampler mismatch", {"rollout/mismatch": 0.3}),
     "staleness": ("Stale rollouts", {"staleness/mean": 9.0}),
@@ -183,3 +184,58 @@ def test_several_are_told_in_the_order_in_which_they_began(tmp_path: Path) -> No
 
     names = [(pathology.name, pathology.step) for pathology in found(variant(tmp_path / "run", change))]
     assert names == [("Repetition", 20), ("Truncation lock", 40)]
+
+
+def with_recipe(folder: Path, sections: dict[str, Record]) -> Path:
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    for name, values in sections.items():
+        recipe[name] = {**recipe.get(name, {}), **values}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("case", "sections", "tip"),
+    [
+        ("tail", {"objective": {"name": "power"}}, "objective.name power"),
+        ("truncation", {"objective": {"name": "clip"}}, "objective.name power"),
+        ("truncation", {"guard": {"action": "stop"}}, "guard.action"),
+        ("repetition", {"guard": {"action": "raise_reference_kl"}}, "guard.action"),
+        ("repetition", {"objective": {"golden": 0.1}}, "objective.golden"),
+        ("ends", {"objective": {"end_token": "map"}}, "objective.end_token: map"),
+        ("collapse", {"sampling": {"temperature": 1}}, "sampling.temperature 1"),
+        ("collapse", {"objective": {"name": "forward_kl"}}, "a forward KL"),
+        ("staleness", {"rollout": {"importance": "token"}}, "rollout.importance: token"),
+    ],
+)
+def test_what_the_recipe_has_is_not_advised(case: str, sections: dict[str, Record], tip: str, tmp_path: Path) -> None:
+    folder = variant(tmp_path / "run", when(lambda step: step >= BEGIN, ILL[case][1]))
+    without = {"objective": {"name": "log_ratio", "end_token": "keep"}, "sampling": {"temperature": 0.7}}
+    assert tip in only(with_recipe(folder, without)).try_
+    assert tip not in only(with_recipe(folder, sections)).try_
+
+
+@pytest.mark.parametrize(("end_token", "names"), [("map", ["Truncation lock"]),
+                                                  ("keep", ["End-token mismatch", "Truncation lock"])])  # fmt: skip
+def test_rollouts_that_grow_into_the_budget(end_token: str, names: list[str], tmp_path: Path) -> None:
+    def change(record: Record) -> Record:
+        cut = min(1.0, record["step"] / 40)
+        return {**record, "truncation": cut, "end_token/share": 1 - cut, "end_token/log_ratio": 0.01}
+
+    folder = with_recipe(variant(tmp_path / "run", change), {"objective": {"end_token": end_token}})
+    assert [pathology.name for pathology in found(folder)] == names
+
+
+def test_noise_alone_is_no_learning(tmp_path: Path) -> None:
+    """The distances of a run whose learning rate was 1e-12."""
+    distances = [
+        0.151, 0.103, 0.183, 0.112, 0.124, 0.054, 0.093, 0.245, 0.13, 0.12, 0.19, 0.08, 0.15, 0.11, 0.16,
+        0.14, 0.1, 0.17, 0.09, 0.15, 0.13, 0.12, 0.184, 0.192, 0.128, 0.134, 0.053, 0.078, 0.035, 0.077,
+    ]  # fmt: skip
+    folder = variant(
+        tmp_path / "run", lambda record: {**record, "kl/k1": distances[record["step"]]} if record["step"] < 30 else None
+    )
+    shutil.rmtree(folder / "eval" / "000060")
+    shutil.rmtree(folder / "eval" / "000030")
+    shutil.copytree(folder / "eval" / "000000", folder / "eval" / "000030")
+    assert [pathology.name for pathology in found(folder)] == ["No learning"]

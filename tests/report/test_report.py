@@ -86,7 +86,7 @@ def test_a_run_that_stopped_early_still_has_a_page(run: Path, tmp_path: Path) ->
     assert len(data.metrics) == 2
     write_report([data], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert "1 unfinished log lines were left out" in page
+    assert "1 log line that cannot be read was left out" in page
     metrics.write_text("")
     write_report([read_run(broken)], tmp_path / "empty.html")
 

@@ -8,6 +8,7 @@ import pytest
 from fixtures import FIXTURE, drawn, edit_summaries, lines, summary, variant, write_lines
 
 from poweropd.errors import RunError
+from poweropd.report.html import write_report
 from poweropd.report.pathologies import pathologies
 from poweropd.report.runs import RunData, read_run
 from poweropd.report.tables import results_table, tables
@@ -87,7 +88,7 @@ def test_a_recipe_and_nothing_else(tmp_path: Path) -> None:
     shutil.copy(FIXTURE / "recipe.yaml", folder)
     run = read_run(folder)
     assert (run.metrics, run.evaluations, run.steps_taken) == ([], {}, 0)
-    assert "Nothing has been logged yet" in everything(run)
+    assert everything(run) == "Nothing has been logged yet: there is a recipe and no step."
     assert drawn([run]) == {}
     assert tables([run]) == []
     (folder / "recipe.yaml").write_text("objective: power\n")  # sections of another form, or none
@@ -166,3 +167,92 @@ def test_what_is_no_run_directory(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
     with pytest.raises(RunError, match="is no run directory"):
         read_run(tmp_path / "power-5" / "recipe.yaml")
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c"])
+def test_other_ends_of_lines_than_those_of_json_are_text(end: str, tmp_path: Path) -> None:
+    folder = variant(tmp_path / "run")
+    records = [{**record, "prompt": f"one{end}two"} for record in lines(folder, "rollouts")]
+    text = "\n".join(json.dumps(record, ensure_ascii=end < " ") for record in records)
+    (folder / "rollouts.jsonl").write_text(f"{text}\r\n\n", encoding="utf-8")
+    run = read_run(folder)
+    assert (run.rollouts, run.skipped_lines) == (records, 0)
+
+
+ODD_LINES = {
+    "metrics": {"step": [None, "1", True, 1e308, 10**400]},
+    "positions": {
+        "first": [-1, None, 0.5, 10**9], "last": [-1, "x"], "tokens": [0, None, [1]], "reward/mean": [None, "x", [1], 1e308],
+    },
+    "distributions": {
+        "reward": [5, "x", {"counts": 1}, {"counts": [1], "edges": None}, {"counts": [1], "edges": [1, 0]},
+                   {"counts": [-1], "edges": [0, 1]}],
+        "plane": [[1], "x", {"edges": None, "cells": []}, {"edges": [0, 1], "cells": [[0]]},
+                  {"edges": [0, 1], "cells": [[0, 1, 1, 0.5]]}, {"edges": [0, 1], "cells": [[-1, 0, 1, 0.5]]},
+                  {"edges": [0, 1], "cells": [[0, 0, 1, None]]}],
+    },
+    "rollouts": {
+        "tokens": [None, "text", [1], {}], "weights": ["x", 5, [[1]], {"a": 1}], "student_logprobs": [7, ["x"]],
+        "teacher_logprobs": [True, [False]], "prompt": [None, 5], "finish_reason": [None, []],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("log", ODD_LINES)
+def test_lines_of_odd_values_are_skipped_and_counted(log: str, tmp_path: Path) -> None:
+    folder = variant(tmp_path / "run")
+    good = lines(folder, log)
+    odd = [{**good[-1], key: value} for key, values in ODD_LINES[log].items() for value in values]
+    write_lines(folder, log, [*good, *odd])
+    with (folder / f"{log}.jsonl").open("a") as file:
+        file.write("[" * 100_000)
+    run = read_run(folder)
+    assert getattr(run, log) == good
+    assert run.skipped_lines == len(odd) + 1
+    everything(run)
+
+
+@pytest.mark.parametrize("size", [1e308, -1e308, 10**400])
+def test_numbers_too_large_to_add_are_gaps(size: float, tmp_path: Path) -> None:
+    run = read_run(
+        variant(tmp_path / "run", lambda record: {**record, **dict.fromkeys(record.keys() - {"step"}, size)})
+    )
+    assert len(run.metrics) == 60
+    assert run.column("loss") == ([], [])
+    everything(run)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"samples": 0}, {"samples": True}, {"samples": 4.0}, {"problems": 0}, {"problems": 1.5}, {"avg_at_4": 1e308},
+        {"intervals": [1]}, {"intervals": {"avg_at_4": [1]}}, {"intervals": {"avg_at_4": "ab"}}, {"status": ["x"]},
+        {"status": {"correct": "x"}}, {"correct": {"a": 5}}, {"correct": {"a": -1}}, {"correct": {"a": 1.5}},
+        {"correct": {"a": "x"}}, {"correct": ["a"]},
+    ],
+)  # fmt: skip
+def test_summaries_of_odd_values_are_left_out_and_named(odd: dict, tmp_path: Path) -> None:
+    folder = variant(tmp_path / "run")
+    edit_summaries(folder, lambda place, record: {**record, **odd} if place == "000030" else record)
+    run = read_run(folder)
+    assert list(run.evaluations) == [0, 60]
+    assert run.left_out == [f"{name} in eval/000030 (not readable)" for name in ("gsm8k", "math500")]
+    everything(run)
+
+
+def test_a_manifest_a_summary_and_a_recipe_of_odd_values(tmp_path: Path) -> None:
+    folder = variant(tmp_path / "run")
+    (folder / "manifest.json").write_text('{"status": ["x"], "machine": [1], "versions": "s", "gradient_of": {}, "git_commit": null}')  # fmt: skip
+    (folder / "summary.json").write_text('{"seconds": "many"}')
+    (folder / "recipe.yaml").write_text("teachers: {math: 5}\nstudent: {model: [1]}\n1: 2\n")
+    (folder / "eval" / "0²").mkdir()
+    text = (folder / "rollouts.jsonl").read_text().replace('"prompt": "', '"prompt": "\\ud83d')
+    (folder / "rollouts.jsonl").write_text(text)
+    run = read_run(folder)
+    assert run.manifest == {}
+    assert {f"{key} in manifest.json (not readable)" for key in ("status", "machine", "versions", "gradient_of")} == set(run.left_out)  # fmt: skip
+    everything(run)
+    good = read_run(FIXTURE)
+    write_report([good, run], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "run: not shown: status in manifest.json (not readable)" in page

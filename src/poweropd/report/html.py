@@ -4,21 +4,40 @@ from pathlib import Path
 
 import yaml
 
+from poweropd.errors import RunError
 from poweropd.report.figures import figures
 from poweropd.report.page import Content, render
 from poweropd.report.pathologies import pathologies
 from poweropd.report.runs import RunData
 from poweropd.report.tables import Table, tables
-from poweropd.report.verdict import flat, verdict
+from poweropd.report.verdict import counted, flat, verdict
 
 
 def write_report(runs: list[RunData], path: Path) -> None:
-    """One page about a run, or about several side by side, that needs no network."""
-    page = render(content(runs))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """One page about a run, or about several side by side, that needs no network.
+
+    Raises:
+        RunError: a run is given twice, or the page cannot be written.
+    """
+    _refuse_twins(runs)
+    if path.is_dir():
+        raise RunError(f"--out {path}: there is a folder of that name; give a file such as {path / 'report.html'}")
+    page = render(content(runs)).encode(errors="replace")  # half a surrogate pair in a text is no letter
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(page)
+        partial.replace(path)
+    except OSError as error:
+        raise RunError(f"--out {path}: the page cannot be written there: {error.strerror}") from None
+
+
+def _refuse_twins(runs: list[RunData]) -> None:
+    known: dict[Path, RunData] = {}
+    for run in runs:
+        if (first := known.setdefault(run.path.resolve(), run)) is not run:
+            both = f"{run.path} is" if run.path == first.path else f"{first.path} and {run.path} are one run,"
+            raise RunError(f"{both} given twice: give each run once")
 
 
 def content(runs: list[RunData]) -> Content:
@@ -82,7 +101,7 @@ def _facts(run: RunData) -> dict[str, str]:
         "models": run.models,
         "status": run.manifest.get("status"),
         "started": run.manifest.get("started"),
-        "seconds": f"{run.summary['seconds']:.0f}" if run.summary and "seconds" in run.summary else None,
+        "seconds": None if run.seconds is None else f"{run.seconds:.0f}",
         "seed": run.section("train").get("seed"),
         "GPU": machine.get("gpu"),
         "processor": machine.get("processor"),
@@ -99,7 +118,10 @@ def _notes(runs: list[RunData]) -> list[str]:
     notes = []
     for run in runs:
         if run.skipped_lines:
-            notes.append(f"{run.name}: {run.skipped_lines} unfinished log lines were left out.")
+            lines = counted(run.skipped_lines, "log line")
+            notes.append(
+                f"{run.name}: {lines} that cannot be read {'was' if run.skipped_lines == 1 else 'were'} left out."
+            )
         if run.left_out:
-            notes.append(f"{run.name}: these evaluations are not shown: {', '.join(run.left_out)}.")
+            notes.append(f"{run.name}: not shown: {', '.join(run.left_out)}.")
     return notes

@@ -30,6 +30,8 @@ def save_each(figures: list[Figure], folder: Path, kind: Format = "png") -> list
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise RunError(f"--figures {folder}: there is a file of that name; give a folder") from None
+    except OSError as error:
+        raise RunError(f"--figures {folder}: the folder cannot be made: {error.strerror}") from None
     paths = []
     for figure in figures:
         if not figure.is_empty:

@@ -15,6 +15,7 @@ from poweropd.report import plots, tokens
 from poweropd.report.colours import colour, mark
 from poweropd.report.figure import Figure, Section
 from poweropd.report.pathologies import Pathology
+from poweropd.report.records import Record
 from poweropd.report.tables import Table
 
 
@@ -37,7 +38,7 @@ class Content:
     pathologies: list[Pathology] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     sections: list[Section] = field(default_factory=list)
-    rollouts: dict[str, list[tokens.Record]] = field(default_factory=dict)
+    rollouts: dict[str, list[Record]] = field(default_factory=dict)
     differences: Table | None = None
     recipes: dict[str, str] = field(default_factory=dict)
     machine: Table | None = None

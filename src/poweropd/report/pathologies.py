@@ -11,9 +11,10 @@ from statistics import median
 from typing import Literal
 
 from poweropd.report.figures.rewards import bins_with
+from poweropd.report.records import is_number
 from poweropd.report.runs import RunData
 from poweropd.report.scores import compare, mean
-from poweropd.report.verdict import change, holds_zero
+from poweropd.report.verdict import change, counted, holds_zero, moved
 
 WINDOW, PATIENCE = 5, 5
 SPARSE = (3, 2)  # window and patience where only every tenth step or so is logged
@@ -39,6 +40,9 @@ MISMATCH = 0.05  # nats: rounding is far below, another model or template far ab
 STALENESS = 4.0  # optimizer steps: beyond it, off-policy correction is needed
 FLAT = 0.1  # of its start: a signal that moved less has not moved
 FLAT_STEPS = 20  # fewer tell nothing
+BOUNDED = ("power", "box_cox", "clip", "tanh", "sign_max_abs")  # objectives whose reward has no tail
+COVERING = ("forward_kl", "jensen_shannon", "generalized_jsd", "jeffreys", "sft")  # they hold on to the teacher's modes
+BOUNDED_REWARD = "a bounded reward: objective.name power (or clip, tanh), which keeps the sign and cuts the tail"
 FEW_PROBLEMS = 50  # an evaluation this small seldom tells two models apart
 
 
@@ -83,7 +87,7 @@ def heavy_tail(run: RunData) -> Iterable[Pathology]:
             "Heavy negative tail", run.name, step,
             f"Of a hundred tokens one has a reward below {p1:.1f} (the lowest of all {lowest:.1f}), and one a reward above "
             f"{p99:.1f}: few tokens that the teacher rejects decide the update.",
-            "a bounded reward: objective.name power (or clip, tanh), which keeps the sign and cuts the tail.", "warn",
+            _tips(BOUNDED_REWARD if not _is_bounded(run) else "a smaller bound of the reward"), "warn",
         )  # fmt: skip
 
 
@@ -118,8 +122,8 @@ def length_inflation(run: RunData) -> Iterable[Pathology]:
         yield Pathology(
             "Length inflation", run.name, step,
             f"Answers grew from {start:.0f} to {reached:.0f} tokens{than}.",
-            "a KL to the initial student (objective.reference_kl), or a lower optimizer.lr; read the longest rollouts for "
-            "repetition.", "warn" if teacher else "note",
+            _tips(_reference_kl(run), "a lower optimizer.lr", "read the longest rollouts for repetition"),
+            "warn" if teacher else "note",
         )  # fmt: skip
 
 
@@ -140,8 +144,8 @@ def truncation_lock(run: RunData) -> Iterable[Pathology]:
         "Truncation lock", run.name, step,
         f"More than {TRUNCATED:.0%} of the rollouts reach {budget} tokens without an end, which was not so at the start: the "
         "student no longer stops.",
-        "go back to a checkpoint before this step, with a KL to the initial student (guard.action: raise_reference_kl does it "
-        "by itself) or a bounded reward.", "warn",
+        _tips("go back to a checkpoint before this step, with a lower optimizer.lr", _reference_kl(run), _guard(run),
+              "" if _is_bounded(run) else BOUNDED_REWARD), "warn",
     )  # fmt: skip
 
 
@@ -151,12 +155,17 @@ def repetition(run: RunData) -> Iterable[Pathology]:
         yield Pathology(
             "Repetition", run.name, step,
             f"Up to {max(rows)[0]:.0%} of the rollouts end going round in circles.",
-            "guard.action: stop or raise_reference_kl; a lower optimizer.lr; golden answers in the mixture (StableOPD).", "warn",
+            _tips(_guard(run), "a lower optimizer.lr",
+                  "" if run.section("objective").get("golden") else "golden answers beside the rollouts (objective.golden)"), "warn",
         )  # fmt: skip
 
 
 def end_tokens(run: RunData) -> Iterable[Pathology]:
-    advice = "objective.end_token: map, which counts all end tokens of both models as one outcome; `poweropd doctor` names them."
+    mapped = run.section("objective").get("end_token") == "map"
+    advice = _tips(
+        "" if mapped else "objective.end_token: map, which counts all end tokens of both models as one outcome",
+        "compare how both models end an answer: their chat templates, and their end tokens, which `poweropd doctor` names",
+    )
     steps, rows = _together(run, "end_token/log_ratio")
     if (step := _began(steps, rows, lambda row: row[0] < END_LOG_RATIO)) is not None:
         value = median(row[0] for at, row in zip(steps, rows, strict=True) if at >= step)
@@ -166,11 +175,13 @@ def end_tokens(run: RunData) -> Iterable[Pathology]:
             advice, "warn",
         )  # fmt: skip
         return
+    if mapped and any(truncation_lock(run)):
+        return  # the same, seen from the other side
     steps, rows = _together(run, "end_token/share")
     start = _start(rows)
     if start and (step := _began(steps, rows, lambda row: row[0] < END_SHARE * start)) is not None:
         yield Pathology(
-            "End-token mismatch", run.name, step,
+            "Fewer answers end" if mapped else "End-token mismatch", run.name, step,
             f"Rollouts that end by themselves fell from {start:.0%} to {min(_medians(rows, WINDOW))[0]:.0%}: the student unlearns "
             "to stop.", advice, "warn",
         )  # fmt: skip
@@ -191,8 +202,10 @@ def mode_collapse(run: RunData) -> Iterable[Pathology]:
             "Mode collapse", run.name, step,
             f"The student's entropy fell from {start:.3g} to {min(_medians(rows, WINDOW))[0]:.3g} nats, below half of the "
             f"teacher's, and {worse}: its answers lose their variety.",
-            "a forward KL or a Jensen-Shannon objective, which do not let go of the teacher's other modes; a lower "
-            "optimizer.lr; sampling.temperature 1.", "warn",
+            _tips("" if run.objective_name in COVERING else
+                  "a forward KL or a Jensen-Shannon objective, which do not let go of the teacher's other modes",
+                  "a lower optimizer.lr",
+                  "" if run.section("sampling").get("temperature") == 1 else "sampling.temperature 1"), "warn",
         )  # fmt: skip
 
 
@@ -220,8 +233,9 @@ def gradient_spikes(run: RunData) -> Iterable[Pathology]:
                 "Gradient spikes", run.name, int(step),
                 f"{len(spikes)} steps had a gradient norm more than {SPIKE:.0f} times the running median, at most "
                 f"{max(ratio for _, ratio in spikes):.0f} times.",
-                "a bounded reward (objective.name power), a smaller optimizer.max_grad_norm, more prompts per step, or warm-up.",
-                "warn",
+                _tips("" if _is_bounded(run) else BOUNDED_REWARD, "a smaller optimizer.max_grad_norm",
+                      "more train.prompts_per_step",
+                      "" if run.section("optimizer").get("warmup_steps") else "optimizer.warmup_steps"), "warn",
             )  # fmt: skip
             return
 
@@ -243,26 +257,29 @@ def staleness(run: RunData) -> Iterable[Pathology]:
         yield Pathology(
             "Stale rollouts", run.name, step,
             f"Rollouts are {median(row[0] for row in rows):.1f} optimizer steps old when they are trained on.",
-            "fewer steps between updates of the sampler's weights, or rollout.importance: token.", "note",
+            _tips("fewer steps between updates of the sampler's weights",
+                  "" if run.section("rollout").get("importance") == "token" else "rollout.importance: token"), "note",
         )  # fmt: skip
 
 
 def no_learning(run: RunData) -> Iterable[Pathology]:
-    """The distance to the teacher is as it was, and so is the accuracy."""
+    """The distance to the teacher moved little, or no more than by its noise, and the accuracy likewise."""
     key = next((key for key in ("kl/k1", "divergence/mean", "log_ratio/mean") if run.column(key)[1]), None)
     found = change(run)
     if key is None or found is None or found.paired is None or not holds_zero(found.paired):
         return
     steps, values = run.column(key)
-    fifth = len(values) // 5
-    if len(values) < FLAT_STEPS:
+    trend = moved(key, values)
+    if trend is None or len(values) < FLAT_STEPS:
         return
-    first, last = median(values[:fifth]), median(values[-fifth:])
-    if abs(last - first) < FLAT * abs(first):
+    if not trend.is_clear or abs(trend.last - trend.first) < FLAT * abs(trend.first):
+        warmup, planned = run.section("optimizer").get("warmup_steps"), run.steps_planned
+        brief = is_number(warmup) and planned is not None and warmup < planned / 2
         yield Pathology(
             "No learning", run.name, int(steps[0]),
-            f"{key} stayed near {first:.3g}, and accuracy did not change distinguishably.",
-            "a higher optimizer.lr or more train.steps; check that optimizer.warmup_steps does not cover the run.", "warn",
+            f"{key} did not clearly move ({trend.first:.3g} to {trend.last:.3g}), and accuracy did not change distinguishably.",
+            _tips("a higher optimizer.lr", "more train.steps",
+                  "" if brief else "check that optimizer.warmup_steps does not cover the run"), "warn",
         )  # fmt: skip
 
 
@@ -277,7 +294,7 @@ def weak_teacher(run: RunData) -> Iterable[Pathology]:
         yield Pathology(
             "Weak teacher", run.name, 0,
             f"The {name} is not distinguishably better than the student before training: {lead:+.3f} [{low:+.3f}, {high:+.3f}] "
-            f"over {ahead.problems} problems.",
+            f"over {counted(ahead.problems, 'problem')}.",
             "evaluate on more problems, to know." if few else "a better teacher, or problems on which it is better; check its "
             "chat template and budget of tokens.", "note" if few else "warn",
         )  # fmt: skip
@@ -287,6 +304,25 @@ DETECTORS: tuple[Callable[[RunData], Iterable[Pathology]], ...] = (
     heavy_tail, early_concentration, length_inflation, truncation_lock, repetition, end_tokens, mode_collapse,
     gradient_spikes, sampler_mismatch, staleness, no_learning, weak_teacher,
 )  # fmt: skip
+
+
+def _tips(*tips: str) -> str:
+    """What to try, without what the recipe has already, which is empty here."""
+    return f"{'; '.join(tip for tip in tips if tip)}."
+
+
+def _is_bounded(run: RunData) -> bool:
+    return run.objective_name in BOUNDED or run.signal == "divergence"
+
+
+def _reference_kl(run: RunData) -> str:
+    has = run.section("objective").get("reference_kl")
+    return f"a {'stronger ' if has else ''}KL to the initial student (objective.reference_kl)"
+
+
+def _guard(run: RunData) -> str:
+    acts = run.section("guard").get("action") in ("stop", "raise_reference_kl")
+    return "" if acts else "guard.action: stop or raise_reference_kl, which catch it by themselves"
 
 
 def _together(run: RunData, *keys: str) -> tuple[list[float], list[list[float]]]:

@@ -1,17 +1,16 @@
 """Run directories to records: all that a report knows, read from files alone."""
 
 import json
-import math
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import yaml
 
 from poweropd.errors import RunError
+from poweropd.report.records import MANIFEST, Record, is_number, is_record, is_summary
 
-Record = dict[str, Any]
 Summaries = dict[str, Record]  # the summaries of one model, by benchmark
 LOGS = ("metrics", "positions", "distributions", "rollouts")
 RECIPE = "recipe.yaml"
@@ -25,8 +24,9 @@ class RunData:
         metrics, positions, distributions, rollouts: the lines of the logs, in order; each has a `step`.
         evaluations: summaries by optimizer steps taken, oldest first.
         teachers: summaries by teacher: `teacher`, or `teacher math`, `teacher code`.
-        left_out: evaluations that are not shown, each with the reason, such as one still being made.
-        skipped_lines: lines of the logs that are no records, such as the last of a run being written.
+        seconds: how long the whole run took; None where it does not say.
+        left_out: what is not shown, each with the reason, such as an evaluation still being made.
+        skipped_lines: lines of the logs that cannot be read, such as the last of a run being written.
     """
 
     name: str
@@ -40,7 +40,7 @@ class RunData:
     evaluations: dict[int, Summaries]
     teachers: dict[str, Summaries]
     left_out: list[str]
-    summary: Record | None
+    seconds: float | None
     skipped_lines: int
 
     @property
@@ -59,7 +59,8 @@ class RunData:
         """`student A, teacher B`, or `student A, teacher math B, teacher code C`."""
         teachers = {f"teacher {name}": section for name, section in self.section("teachers").items()}
         named = {"student": self.section("student"), **(teachers or {"teacher": self.section("teacher")})}
-        return ", ".join(f"{name} {section['model']}" for name, section in named.items() if section.get("model"))
+        models = {name: section.get("model") for name, section in named.items() if isinstance(section, dict)}
+        return ", ".join(f"{name} {model}" for name, model in models.items() if model)
 
     @property
     def signal(self) -> str:
@@ -101,10 +102,6 @@ class RunData:
         return [record for record in records if record["step"] == records[-1]["step"]]
 
 
-def is_number(value: Any) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def read_run(path: Path, name: str | None = None) -> RunData:
     """Read a run directory, also one that was interrupted, is still being written or was written by an earlier version.
 
@@ -114,28 +111,29 @@ def read_run(path: Path, name: str | None = None) -> RunData:
     recipe = _recipe(path)
     logs, skipped = {}, 0
     for log in LOGS:
-        logs[log], bad = _lines(path / f"{log}.jsonl")
+        logs[log], bad = _lines(path, log)
         skipped += bad
     left_out: list[str] = []
     evaluations = {
         int(folder.name): summaries
         for folder in sorted((path / "eval").glob("[0-9]*"))
-        if folder.name.isdigit() and (summaries := _summaries(folder, left_out))
+        if folder.name.isdecimal() and (summaries := _summaries(folder, left_out))
     }
     teachers = {
         folder.name.replace("-", " ", 1): summaries
         for folder in sorted((path / "eval").glob("teacher*"))
         if (summaries := _summaries(folder, left_out))
     }
+    seconds = (_json(path / "summary.json") or {}).get("seconds")
     return RunData(
         name=name or path.resolve().name,
         path=path,
         recipe=recipe,
-        manifest=_json(path / "manifest.json") or {},
+        manifest=_manifest(path, left_out),
         evaluations=dict(sorted(evaluations.items())),
         teachers=teachers,
         left_out=left_out,
-        summary=_json(path / "summary.json"),
+        seconds=seconds if is_number(seconds) else None,
         skipped_lines=skipped,
         **logs,
     )
@@ -149,7 +147,7 @@ def _recipe(path: Path) -> Record:
         raise RunError(f"{path} is no run directory: there is nothing of that name; {advice}")
     try:
         recipe = yaml.safe_load((path / RECIPE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         raise RunError(f"{path} is no run directory: there is no readable {RECIPE} in it") from None
     if not isinstance(recipe, dict):
         raise RunError(f"{path} is no run directory: its {RECIPE} holds no sections such as student and objective")
@@ -163,36 +161,46 @@ def _summaries(folder: Path, left_out: list[str]) -> Summaries:
         place = f"{path.stem} in eval/{folder.name}"
         if summary is not None and summary.get("finished") is False:
             left_out.append(f"{place} (not finished)")
-        elif summary is None or not _is_summary(summary):
+        elif summary is None or not is_summary(summary):
             left_out.append(f"{place} (not readable)")
         else:
             found[str(summary.get("benchmark", path.stem))] = summary
     return found
 
 
-def _is_summary(summary: Record) -> bool:
-    k = summary.get("samples")
-    return is_number(k) and k > 0 and is_number(summary.get("problems")) and is_number(summary.get(f"avg_at_{k}"))
+def _manifest(path: Path, left_out: list[str]) -> Record:
+    """The part of it that a report tells."""
+    found = {}
+    for key, value in (_json(path / "manifest.json") or {}).items():
+        if isinstance(value, MANIFEST.get(key, ())):
+            found[key] = value
+        elif key in MANIFEST and value is not None:
+            left_out.append(f"{key} in manifest.json (not readable)")
+    return found
 
 
 def _json(path: Path) -> Record | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
 
-def _lines(path: Path) -> tuple[list[Record], int]:
+def _lines(folder: Path, log: str) -> tuple[list[Record], int]:
     """The lines that are records of a step, and how many are not."""
-    records, bad = [], 0
+    path, bad = folder / f"{log}.jsonl", 0
+    records: list[Record] = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        # not splitlines: a text may hold U+2028, which is no end of a line of JSON
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            if not line.strip():
+                continue
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 record = None
-            if isinstance(record, dict) and is_number(record.get("step")):
+            if is_record(log, record):
                 records.append(record)
             else:
                 bad += 1

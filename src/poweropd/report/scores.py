@@ -7,7 +7,8 @@ from math import nan, sqrt
 
 from poweropd.evaluation.metrics import Estimate, Paired, bootstrap, bootstrap_of_means, paired_of_means
 from poweropd.evaluation.summary import in_paper_order
-from poweropd.report.runs import Record, Summaries, is_number
+from poweropd.report.records import Record, is_number
+from poweropd.report.runs import Summaries
 
 AT_K = ("avg", "pass", "maj")  # measures whose name ends in the number of samples
 

@@ -5,7 +5,8 @@ from statistics import fmean, median
 
 from poweropd.evaluation.metrics import Paired
 from poweropd.evaluation.summary import in_paper_order
-from poweropd.report.runs import Record, RunData, Summaries
+from poweropd.report.records import Record
+from poweropd.report.runs import RunData, Summaries
 from poweropd.report.scores import compare, distinct, estimate, mean, samples, title
 from poweropd.report.verdict import interval, ranking
 
@@ -91,9 +92,9 @@ def _benchmarks(runs: list[RunData]) -> Table:
     rows = []
     for measure, heading in BENCHMARK_ROWS:
         cells = [[*(_at(model, name, measure) for name in names), _mean(model, names, measure)] for model in models]
-        best = [_best(models, column) if measure != "mean_length" else None for column in zip(*cells, strict=True)]
+        best = [_best(models, column) if measure != "mean_length" else [] for column in zip(*cells, strict=True)]
         for place, (model, row) in enumerate(zip(models, cells, strict=True)):
-            shown = [_benchmark_cell(value, measure, star=best[at] == place) for at, value in enumerate(row)]
+            shown = [_benchmark_cell(value, measure, star=place in best[at]) for at, value in enumerate(row)]
             rows.append([f"{heading.format(k=k)} {model.name}", *shown])
     note = (
         "Accuracy in percent, length in tokens; the mean is over the benchmarks, where a model was asked all of them."
@@ -113,14 +114,14 @@ def _mean(model: _Model, benchmarks: list[str], measure: str) -> float | None:
     return found.mean if found is not None and all(name in model.summaries for name in benchmarks) else None
 
 
-def _best(models: list[_Model], column: tuple[float | None, ...]) -> int | None:
-    """The student, trained or not, with the highest value; None where there is but one."""
-    students = [
-        (value, place)
+def _best(models: list[_Model], column: tuple[float | None, ...]) -> list[int]:
+    """The students, trained or not, with the highest value; none where there is but one student."""
+    students = {
+        place: value
         for place, (model, value) in enumerate(zip(models, column, strict=True))
         if value is not None and (model.run is not None or model.name.startswith("student before"))
-    ]
-    return max(students)[1] if len(students) > 1 else None
+    }
+    return [place for place, value in students.items() if value == max(students.values())] if len(students) > 1 else []
 
 
 def _benchmark_cell(value: float | None, measure: str, *, star: bool) -> str:
@@ -212,5 +213,5 @@ def _cell(model: _Model, measure: str) -> str:
 
 
 def _minutes(model: _Model) -> str:
-    seconds = (model.run.summary or {}).get("seconds") if model.run is not None else None
+    seconds = model.run.seconds if model.run is not None else None
     return "" if seconds is None else f"{seconds / 60:.1f}"

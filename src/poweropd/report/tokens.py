@@ -2,9 +2,8 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
-Record = dict[str, Any]
+from poweropd.report.records import Record
 
 STEPS = 6  # of one run that the page shows; of several runs the first and the last
 ROLLOUTS = 2  # of a step
@@ -66,7 +65,7 @@ def chosen(records: list[Record], most_steps: int = STEPS) -> list[tuple[int, li
 def full_scale(records: list[Record]) -> float:
     """The reward that has full colour: of 100 rewards that are not 0, 95 are nearer to 0. 0 if there are none."""
     sizes = sorted(
-        abs(weight) for record in records for weight in record["weights"] if weight and math.isfinite(weight)
+        abs(weight) for record in records for weight in record.get("weights") or [] if weight and math.isfinite(weight)
     )
     return sizes[min(int(0.95 * len(sizes)), len(sizes) - 1)] if sizes else 0.0
 

@@ -1,15 +1,17 @@
 """The answer first: did the student come closer to the teacher, by how much, how sure."""
 
 from dataclasses import dataclass
-from math import isnan, sqrt
+from math import isclose, isnan, sqrt
 from statistics import fmean, variance
 
 from poweropd.evaluation.metrics import Estimate, Paired
-from poweropd.report.runs import Record, RunData, Summaries
+from poweropd.report.records import Record
+from poweropd.report.runs import RunData, Summaries
 from poweropd.report.scores import compare, mean, on_shared_problems, samples
 
 FEW_PROBLEMS = 20  # below it, an interval from resampled problems is known to be too narrow
-ENDS = 10  # a trend compares the first with the last tenth of the steps
+ENDS = 10  # a trend compares the first with the last tenth of the steps,
+AT_LEAST = 10  # or so many of them: the noise of fewer is itself too noisy to measure by
 CLEAR = 2.0  # standard errors beyond which a trend is one
 SAME = ("student", "teacher", "teachers", "data", "evaluation")  # sections that a comparison of objectives holds fixed
 ASIDE = (  # of them, what changes no result
@@ -48,22 +50,34 @@ class Change:
         return self.after.low > self.before.high or self.after.high < self.before.low
 
     @property
+    def is_few(self) -> bool:
+        """Too few problems for what looks certain to be it."""
+        return self.paired is not None and self.paired.problems < FEW_PROBLEMS
+
+    @property
     def closed(self) -> float | None:
-        """Share of the distance between the untrained student and its one teacher; None if there is none to close."""
+        """Share of the distance between the untrained student and its one teacher; None if it is none, or may be chance."""
         levels = list(self.teachers.values())
-        if len(levels) != 1 or levels[0] <= self.before.mean:
+        if len(levels) != 1 or levels[0] <= self.before.mean or self.difference < 0:
+            return None
+        if self.is_few or not self.is_certain:
             return None
         return self.difference / (levels[0] - self.before.mean)
 
 
 @dataclass(frozen=True)
 class Trend:
-    """A mean over the first and over the last tenth of the steps; `is_clear` beyond two standard errors."""
+    """A mean over the first steps and over the last; `is_clear` beyond two standard errors."""
 
     name: str
     first: float
     last: float
     is_clear: bool
+
+
+def counted(number: int, name: str) -> str:
+    """`1 problem`, `2 problems`."""
+    return f"{number} {name}{'' if number == 1 else 's'}"
 
 
 def holds_zero(paired: Paired) -> bool:
@@ -96,14 +110,19 @@ def trend(run: RunData) -> Trend | None:
         ("divergence/mean", 1, "the divergence from the teacher"),
         ("reward/mean" if sampled else "loss", 1, "the mean reward" if sampled else "the loss"),
     ):
-        values = [sign * value for value in run.column(key)[1]]
-        if len(values) >= 4:
-            count = max(2, len(values) // ENDS)
-            first, last = values[:count], values[-count:]
-            error = sqrt((variance(first) + variance(last)) / count)
-            difference = fmean(last) - fmean(first)
-            return Trend(name, fmean(first), fmean(last), abs(difference) > CLEAR * error)
+        if found := moved(name, [sign * value for value in run.column(key)[1]]):
+            return found
     return None
+
+
+def moved(name: str, values: list[float]) -> Trend | None:
+    """None of too few values."""
+    if len(values) < 4:
+        return None
+    count = min(len(values) // 2, max(AT_LEAST, len(values) // ENDS))
+    first, last = values[:count], values[-count:]
+    error = sqrt((variance(first) + variance(last)) / count)
+    return Trend(name, fmean(first), fmean(last), abs(fmean(last) - fmean(first)) > CLEAR * error)
 
 
 def headline(run: RunData) -> str:
@@ -112,9 +131,15 @@ def headline(run: RunData) -> str:
     if found is None:
         return "This run has no evaluation before and after training, so its curves must speak."
     text = f"{found.name} on held-out problems went from {found.before.mean:.3f} to {found.after.mean:.3f}"
-    text += f" in {found.steps} steps"
+    text += f" in {counted(found.steps, 'step')}"
     if found.paired is not None:
         text += f" ({interval(found.paired.difference, sign=True)})"
+    if found.paired is None and not found.is_certain:
+        text += ", which may be chance"
+    elif not found.is_certain:
+        text += ", not distinguishable from no change"
+    elif found.is_few:
+        text += ", on few problems"
     if found.teachers:
         text += f"; {_levels(found)}"
     if found.closed is not None:
@@ -137,6 +162,9 @@ def interval(estimate: Estimate, *, sign: bool = False, digits: int = 3) -> str:
 def _verdict_of_one(run: RunData) -> list[str]:
     told = [text] if (text := _unfinished(run)) else []
     found = change(run)
+    if found is None and not run.metrics:
+        told_all = run.status in ("running", "interrupted", "failed")
+        return told if told_all else ["Nothing has been logged yet: there is a recipe and no step."]
     if found is None:
         return [*told, *_without_evaluations(run)]
     return [*told, *(text for text in (_answer(found), _problems(found), _length(run)) if text)]
@@ -145,7 +173,8 @@ def _verdict_of_one(run: RunData) -> list[str]:
 def _unfinished(run: RunData) -> str:
     if run.status == "finished":
         return ""
-    done = f"after {run.steps_taken}{f' of {run.steps_planned}' if run.steps_planned else ''} steps"
+    of = run.steps_planned
+    done = f"after {run.steps_taken} of {counted(of, 'step')}" if of else f"after {counted(run.steps_taken, 'step')}"
     reasons = {
         "running": f"{run.name} is still running, or was killed: what is told here is its state {done}.",
         "interrupted": f"{run.name} was interrupted {done}.",
@@ -156,23 +185,29 @@ def _unfinished(run: RunData) -> str:
 
 def _answer(found: Change) -> str:
     """The first sentence: whether it came closer, by how much, how sure."""
-    went = f"{found.name} went from {found.before.mean:.3f} to {found.after.mean:.3f} in {found.steps} steps"
+    went = f"{found.name} went from {found.before.mean:.3f} to {found.after.mean:.3f} in {counted(found.steps, 'step')}"
     if found.paired is not None:
         sure = f", a paired difference of {interval(found.paired.difference, sign=True)} over {_number(found.paired)}"
     elif found.is_certain:
         sure = ", and the two 95 % intervals do not overlap"
+    elif isnan(found.before.low) or isnan(found.after.low):
+        sure = ""
     else:
         sure = ", and the two 95 % intervals overlap"
     levels = _levels(found)
+    end = f"; {levels}" if levels else ""
     if not found.is_certain:
-        start = "The change is not distinguishable from no change"
-        end = f"; {levels}" if levels else ""
+        start = "Whether the change is more than chance cannot be told"
+        if found.paired is not None:
+            start = "The change is not distinguishable from no change"
+    elif found.is_few:
+        start = f"The student did {'worse' if found.difference < 0 else 'better'} on few problems, which is not certain"
     elif found.difference < 0:
-        start, end = "The student got worse", f"; {levels}" if levels else ""
+        start = "The student got worse"
     elif found.closed is not None:
-        start, end = "The student came closer to the teacher", f"; {levels}, so {found.closed:.0%} of the gap is closed"
+        start, end = "The student came closer to the teacher", f"{end}, so {found.closed:.0%} of the gap is closed"
     else:
-        start, end = "The student got better", f"; {levels}" if levels else ""
+        start = "The student got better"
     return f"{start}: {went}{sure}{end}."
 
 
@@ -185,7 +220,9 @@ def _problems(found: Change) -> str:
     if found.paired is None:
         return ""
     gained, lost = found.paired.gained, found.paired.lost
-    return f"It gained {gained} problems and lost {lost}, where solved means in at least half of the samples."
+    return (
+        f"It gained {counted(gained, 'problem')} and lost {lost}, where solved means in at least half of the samples."
+    )
 
 
 def _length(run: RunData) -> str:
@@ -208,8 +245,6 @@ def _length(run: RunData) -> str:
 
 
 def _without_evaluations(run: RunData) -> list[str]:
-    if not run.metrics:
-        return ["Nothing has been logged yet: there is a recipe and no step."]
     if run.evaluations:
         when = "before training alone" if run.last is None else "after training alone"
         known = f"The student was evaluated {when}"
@@ -252,16 +287,25 @@ def _lead(ranked: list[tuple[RunData, Estimate]]) -> str:
     one, other = _last(second), _last(best)
     name = f"Avg@{samples(one, other)}"
     lead = compare(one, other)
+    level_with = [run.name for run, other_level in ranked if isclose(other_level.mean, level.mean)]
     has = f"{best.name} has the highest {name}, {level.mean:.3f}"
+    if len(level_with) > 1:
+        text = f"{', '.join(level_with[:-1])} and {level_with[-1]} are level with the highest {name}, {level.mean:.3f}"
+        if lead is not None:
+            text += f": {second.name} against {best.name} {interval(lead.difference, sign=True)} over {_number(lead)}"
+        return text + "."
     if lead is None:
-        overlap = level.low <= below.high
-        sure = "the 95 % intervals overlap" if overlap else "the 95 % intervals do not overlap"
-        text = f"{has}, ahead of {second.name} with {below.mean:.3f}: {sure}"
+        text = f"{has}, ahead of {second.name} with {below.mean:.3f}"
+        if not isnan(level.low) and not isnan(below.high):
+            text += f": the 95 % intervals {'overlap' if level.low <= below.high else 'do not overlap'}"
     else:
         text = f"{has}: {interval(lead.difference, sign=True)} more than {second.name} over {_number(lead)}"
-        text += ", not distinguishable from no lead" if holds_zero(lead) else ", a distinguishable lead"
+        if holds_zero(lead):
+            text += ", not distinguishable from no lead"
+        elif lead.problems >= FEW_PROBLEMS:
+            text += ", a distinguishable lead"
     found = change(best)
-    if found is not None and found.is_certain and found.closed is not None:
+    if found is not None and found.closed is not None:
         text += f"; it closed {found.closed:.0%} of its gap to the teacher"
     return text + "."
 
@@ -272,7 +316,7 @@ def _last(run: RunData) -> Summaries:
 
 def _number(paired: Paired) -> str:
     few = ", too few for the interval to be trusted" if paired.problems < FEW_PROBLEMS else ""
-    return f"{paired.problems} problems{few}"
+    return f"{counted(paired.problems, 'problem')}{few}"
 
 
 def comparison(runs: list[RunData]) -> str:

@@ -67,8 +67,9 @@ def _update(runs: list[RunData]) -> list[Figure]:
         ),
         metric(
             runs, "kl", "KL(student || teacher), estimated", "nats per token", "kl/k1", "kl/k3", "kl/k2",
-            caption="From the tokens that the student sampled: k1 is unbiased and noisy, k3 unbiased and never negative, k2 "
-            "biased and calm. Healthy: falling; where they part far, few tokens decide.",
+            caption="From the tokens that the student sampled: k1 is unbiased and may be negative, k3 unbiased and never so, k2 "
+            "biased. Near the teacher k2 and k3 agree and are calmer than k1; with heavy tails k2 is by far the largest and "
+            "the noisiest. Healthy: falling; where they part far, few tokens decide.",
         ),
         metric(
             runs, "divergence-estimate", "What the reward descends", "divergence", "divergence/estimate",

@@ -10,6 +10,7 @@ from poweropd.report.figure import TEACHER, Figure, Line
 from poweropd.report.figures.curves import FEW, STYLES
 from poweropd.report.runs import RunData, Summaries
 from poweropd.report.scores import Shared, distinct, mean, on_shared_problems, samples, title
+from poweropd.report.verdict import counted
 
 Points = list[tuple[int, Estimate]]
 BAND = "The band is the 95 % bootstrap interval over problems."
@@ -60,7 +61,7 @@ def _accuracy(runs: list[RunData], benchmark: str = "") -> Figure:
 
 def _asked(shared: Shared, summaries: Summaries) -> str:
     names = ", ".join(title(summaries[name], name) for name in shared.benchmarks)
-    return f"{names}, {shared.problems} problems" if shared.problems is not None else names
+    return f"{names}, {counted(shared.problems, 'problem')}" if shared.problems is not None else names
 
 
 def _measure(runs: list[RunData], key: str, named: str, label: str, measure: str, caption: str) -> Figure:

@@ -7,10 +7,12 @@ from itertools import pairwise
 
 from poweropd.report.figure import TEACHER, Bars, Figure, Line, Plane
 from poweropd.report.figures.curves import FEW, over_steps
-from poweropd.report.runs import Record, RunData, is_number
+from poweropd.report.records import Record, histogram
+from poweropd.report.runs import RunData
 
 MOST_PLANES = 4
 MOST_BINS = 100  # of a histogram
+BANDS = {("p5", "p95"): "the 5th to the 95th percentile", ("min", "max"): "the lowest to the highest token"}
 EXTREMES = ("min", "p1", "p99", "max")
 
 
@@ -92,33 +94,23 @@ def _last_histogram(run: RunData, name: str) -> tuple[list[float], list[int]] | 
     return None
 
 
-def histogram(record: Record, name: str) -> tuple[list[float], list[int]] | None:
-    """Edges and counts of a line of distributions.jsonl; None where it has none, or an empty one."""
-    value = record.get(name)
-    if not isinstance(value, dict) or not value.get("counts"):
-        return None
-    edges, counts = value.get("edges", []), value["counts"]
-    whole = len(edges) == len(counts) + 1 and all(map(is_number, [*edges, *counts]))
-    rising = whole and all(lower < upper for lower, upper in pairwise(edges))
-    return (edges, counts) if rising and sum(counts) > 0 else None
-
-
 def _by_position(runs: list[RunData], title: str, label: str, caption: str) -> Figure:
     lines, bands = [], set()
     for index, run in enumerate(runs):
         bins = bins_with(run.last_logged("positions"), f"{run.signal}/mean")
         if not bins:
             continue
-        quantiles = all(f"{run.signal}/p5" in bin_ for bin_ in bins)
-        low, high = ("p5", "p95") if quantiles else ("min", "max")
-        bands.add("the 5th to the 95th percentile" if quantiles else "the lowest to the highest token")
-        below, above = (
-            [bin_[f"{run.signal}/{part}"] for bin_ in bins if len(runs) <= FEW] for part in (low, high)
-        )  # fmt: skip
+        ends = next(
+            (ends for ends in BANDS if all(f"{run.signal}/{end}" in bin_ for bin_ in bins for end in ends)), None
+        )
+        below, above = [], []
+        if ends and len(runs) <= FEW:
+            below, above = ([bin_[f"{run.signal}/{end}"] for bin_ in bins] for end in ends)
+            bands.add(BANDS[ends])
         lines.append(
             Line(run.name, _middles(bins), [bin_[f"{run.signal}/mean"] for bin_ in bins], below, above, run=index)
         )
-    if bands and len(runs) <= FEW:
+    if bands:
         caption += f" The band is {' or '.join(sorted(bands))}."
     return Figure(
         "reward-by-position", title, "position in the answer, from 1", label, lines, caption=caption, log_x=True
@@ -147,10 +139,8 @@ def _gradient_share(runs: list[RunData]) -> Figure:
 
 
 def bins_with(records: list[Record], key: str) -> list[Record]:
-    """Lines of positions.jsonl that are whole and have `key`."""
-    return [
-        record for record in records if all(is_number(record.get(name)) for name in ("first", "last", "tokens", key))
-    ]
+    """Lines of positions.jsonl that have `key`."""
+    return [record for record in records if key in record]
 
 
 def _middles(bins: list[Record]) -> list[float]:
@@ -173,11 +163,11 @@ def _planes(runs: list[RunData]) -> list[Figure]:
 
 
 def _plane(run: RunData) -> Plane | None:
-    found = [record["plane"] for record in run.distributions if isinstance(record.get("plane"), dict)]
-    edges, cells = (found[-1].get(name) or [] for name in ("edges", "cells")) if found else ([], [])
-    size = len(edges) - 1
-    if not cells or not all(max(student, teacher) < size for student, teacher, *_ in cells):
+    found = [record["plane"] for record in run.distributions if record.get("plane")]
+    if not found or not found[-1]["cells"]:
         return None
+    edges, cells = found[-1]["edges"], found[-1]["cells"]
+    size = len(edges) - 1
     values: list[list[float | None]] = [[None] * size for _ in range(size)]
     counts = [[0] * size for _ in range(size)]
     for student, teacher, count, value in cells:
