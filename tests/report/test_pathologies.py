@@ -172,7 +172,7 @@ def test_a_teacher_that_is_no_better(tmp_path: Path) -> None:
         (folder / "eval" / "teacher" / f"{benchmark}.json").write_text(json.dumps(first))
     pathology = only(folder)
     assert (pathology.name, pathology.severity, pathology.step) == ("Weak teacher", "warn", 0)
-    assert "+0.000 [+0.000, +0.000] over 100 problems" in pathology.what
+    assert "+0.000 [-0.074, +0.074] over 100 problems" in pathology.what
     edit_summaries(folder, lambda place, record: {**record, "correct": dict(list(record["correct"].items())[:10])})
     assert only(folder).severity == "note"
 

@@ -68,4 +68,4 @@ def test_a_lead_on_few_problems_is_not_called_one(tmp_path: Path) -> None:
     lead = verdict([read_run(one), read_run(two)])[0]
     assert lead.startswith("one has the highest Avg@4, 1.000: ")
     assert "too few for the interval to be trusted" in lead
-    assert "distinguishable" not in lead
+    assert "a distinguishable lead" not in lead

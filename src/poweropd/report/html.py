@@ -45,9 +45,9 @@ def content(runs: list[RunData]) -> Content:
     return Content(
         title=f"{runs[0].objective}: {runs[0].name}" if alone else f"{len(runs)} runs compared",
         runs=[run.name for run in runs],
-        verdict=[*verdict(runs), *_follows(runs)],
+        verdict=[*verdict(runs), *(_follows(runs[0]) if alone else [])],
         pathologies=[pathology for run in runs for pathology in pathologies(run)],
-        tables=tables(runs),
+        tables=[*tables(runs), *([] if alone else _gradients(runs))],
         sections=figures(runs),
         rollouts={run.name: run.rollouts for run in runs},
         differences=None if alone else _differences(runs),
@@ -57,17 +57,15 @@ def content(runs: list[RunData]) -> Content:
     )
 
 
-def _follows(runs: list[RunData]) -> list[str]:
-    """What each objective's expected update is the gradient of, as the trainer wrote it down."""
-    names: dict[str, list[str]] = {}
-    for run in runs:
-        if text := run.manifest.get("gradient_of"):
-            names.setdefault(text, []).append(run.name)
-    if len(names) == 1:
-        return [f"The expected update follows the gradient of {text}." for text in names]
-    return [
-        f"The expected update of {', '.join(those)} follows the gradient of {text}." for text, those in names.items()
-    ]
+def _follows(run: RunData) -> list[str]:
+    """What the objective's expected update is the gradient of, as the trainer wrote it down."""
+    text = run.manifest.get("gradient_of")
+    return [f"The expected update follows the gradient of {text}."] if text else []
+
+
+def _gradients(runs: list[RunData]) -> list[Table]:
+    rows = [[run.name, str(text)] for run in runs if (text := run.manifest.get("gradient_of"))]
+    return [Table("What the expected update follows", ["", "the gradient of"], rows, "")] if rows else []
 
 
 def _differences(runs: list[RunData]) -> Table:
