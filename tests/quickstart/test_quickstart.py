@@ -1,8 +1,10 @@
 """`poweropd quickstart` as a user runs it, and its comparison of objectives."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -71,3 +73,41 @@ def test_the_quickstart_brings_the_student_closer_to_the_teacher(tmp_path: Path)
     assert after["mean_length"] < before["mean_length"]
     assert "What to try next" in got.stdout
     assert (out / "report.html").is_file()
+
+
+ORPHAN = """
+import multiprocessing, sys, threading, time
+from poweropd.quickstart.compare import _end_with_parent
+
+def arm():
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    process = multiprocessing.get_context("spawn").Process(target=arm)
+    process.start()
+    print(process.pid, flush=True)
+    process.join()
+"""
+
+
+def test_a_killed_comparison_leaves_no_arm_behind(tmp_path: Path) -> None:
+    script = tmp_path / "orphan.py"
+    script.write_text(ORPHAN)
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    arm = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and _is_running(arm):
+        time.sleep(0.05)
+    assert not _is_running(arm)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return "Z" not in Path(f"/proc/{process}/stat").read_text().split()[2] if Path("/proc").is_dir() else True

@@ -136,6 +136,7 @@ class _Sent:
 
 
 def _train_arm(arm: Arm, events: Events) -> None:
+    Thread(target=_end_with_parent, daemon=True).start()
     observer = _Sent(events, arm.name)
     try:
         train(arm.recipe, arm.out, observer)
@@ -144,6 +145,14 @@ def _train_arm(arm: Arm, events: Events) -> None:
         sys.exit(TOLD)
     except KeyboardInterrupt:
         sys.exit(TOLD)
+
+
+def _end_with_parent() -> None:
+    """A comparison that was killed leaves no arm behind; each can be resumed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _relay(events: Events, observer: ConsoleObserver) -> None:
