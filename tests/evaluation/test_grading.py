@@ -136,7 +136,6 @@ def test_a_reference_that_is_no_mathematics_is_compared_as_text_and_told_of() ->
         assert grader.grade(f"\\boxed{{{reference}}}", reference).status == "correct"
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there is no alarm on Windows")
 def test_a_hopeless_comparison_costs_its_own_grade_and_not_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "PATIENCE", 100.0)  # on a machine busy with other work
     with Grader(seconds=0.5, workers=1) as grader:
@@ -146,7 +145,6 @@ def test_a_hopeless_comparison_costs_its_own_grade_and_not_the_process(monkeypat
         assert processes(grader) == [first]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_a_process_that_hangs_is_killed_and_replaced() -> None:
     with Grader(seconds=0.5, workers=1) as grader:
         grader.grade("\\boxed{\\sqrt{8}}", "2\\sqrt{2}")

@@ -144,7 +144,6 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="measures memory by resource")
 @pytest.mark.filterwarnings("ignore:the reference")
 def test_a_thousand_hostile_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -158,7 +157,6 @@ def test_a_thousand_hostile_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="measures memory by resource")
 def test_ten_thousand_hostile_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     rng = random.Random(2)

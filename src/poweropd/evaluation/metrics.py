@@ -9,6 +9,7 @@ import numpy as np
 
 BOOTSTRAP_SAMPLES = 4000
 DRAWS_AT_ONCE = 2**18  # what fits a cache
+FEW_PROBLEMS = 20  # below it, an interval from resampled problems is known to be too narrow
 TAIL = 0.025  # of each side of a 95 % interval
 
 

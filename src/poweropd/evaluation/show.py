@@ -5,12 +5,11 @@ from math import isnan, nan
 from typing import Any, NamedTuple
 
 from poweropd.errors import RunError
-from poweropd.evaluation.metrics import Estimate, bootstrap, bootstrap_of_means, paired, pass_at_k
+from poweropd.evaluation.metrics import FEW_PROBLEMS, Estimate, bootstrap, bootstrap_of_means, paired, pass_at_k
 from poweropd.evaluation.record import differences
 from poweropd.evaluation.summary import Summaries, in_paper_order, pass_ks, solved
 
 SIDE_BY_SIDE = 2  # benchmarks; of more, the intervals have rows of their own
-FEW_PROBLEMS = 20  # below it, an interval from resampled problems is known to be too narrow
 ASIDE = ("model", "problems", "stop_ids")  # settings that two models may well differ in
 
 

@@ -43,7 +43,7 @@ FLAT_STEPS = 20  # fewer tell nothing
 BOUNDED = ("power", "box_cox", "clip", "tanh", "sign_max_abs")  # objectives whose reward has no tail
 COVERING = ("forward_kl", "jensen_shannon", "generalized_jsd", "jeffreys", "sft")  # they hold on to the teacher's modes
 BOUNDED_REWARD = "a bounded reward: objective.name power (or clip, tanh), which keeps the sign and cuts the tail"
-FEW_PROBLEMS = 50  # an evaluation this small seldom tells two models apart
+SELDOM_TELLS = 50  # an evaluation this small seldom tells two models apart
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,7 @@ def weak_teacher(run: RunData) -> Iterable[Pathology]:
     ahead = compare(run.evaluations[0], summaries)
     if ahead is not None and ahead.difference.low <= 0:
         lead, (low, high) = ahead.difference.mean, ahead.difference[1:]
-        few = ahead.problems < FEW_PROBLEMS
+        few = ahead.problems < SELDOM_TELLS
         yield Pathology(
             "Weak teacher", run.name, 0,
             f"The {name} is not distinguishably better than the student before training: {lead:+.3f} [{low:+.3f}, {high:+.3f}] "

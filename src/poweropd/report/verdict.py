@@ -4,12 +4,11 @@ from dataclasses import dataclass
 from math import isclose, isnan, sqrt
 from statistics import fmean, variance
 
-from poweropd.evaluation.metrics import Estimate, Paired
+from poweropd.evaluation.metrics import FEW_PROBLEMS, Estimate, Paired
 from poweropd.report.records import Record
 from poweropd.report.runs import RunData, Summaries
 from poweropd.report.scores import compare, mean, on_shared_problems, samples
 
-FEW_PROBLEMS = 20  # below it, an interval from resampled problems is known to be too narrow
 ENDS = 10  # a trend compares the first with the last tenth of the steps,
 AT_LEAST = 10  # or so many of them: the noise of fewer is itself too noisy to measure by
 CLEAR = 2.0  # standard errors beyond which a trend is one
