@@ -9,7 +9,7 @@ from torch import Tensor
 
 from poweropd.batching import collate, group_by_tokens
 from poweropd.objectives import Objective
-from poweropd.objectives.fused import LossTerms
+from poweropd.objectives.sweeps import LossTerms
 from poweropd.objectives.loss import loss_of, unshaped_terms
 from poweropd.objectives.objective import Shaped
 from poweropd.objectives.shaping import StepTokens

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 # Elements of a tile and of a block. Chosen by benchmarks/memory.py on a CPU; the GPU's are not yet measured.
-TILE_ELEMENTS = {"cpu": 20_000_000, "cuda": 128_000_000}
+TILE_ELEMENTS = {"cpu": 24_400_000, "cuda": 128_000_000}
 BLOCK_ELEMENTS = {"cpu": 1_000_000, "cuda": 64_000_000}
+ROUND = 16  # rows of a tile are a multiple of it, where there are as many
 SEGMENT = 128  # see `likeliest`
 NEVER = -1e9  # the logit of a token that cannot be emitted; finite, so that 0 * (log q - log p) stays 0
 
@@ -58,15 +59,27 @@ class Block(NamedTuple):
     ends: Tensor | None  # [B, end_ids]: the logits of the end tokens before they were merged
 
 
-def logits_of(products: Tensor, head: LMHead) -> Block:
-    """The logits that `products` [B, vocab_size] stand for, in fp32 (or wider); `products` is left as it is."""
-    logits = products.to(wide(products.dtype), copy=True)
+def shape_logits(products: Tensor, head: LMHead) -> Tensor:
+    """Logits from `products` [B, vocab_size], in their place; end tokens as they stand."""
     if head.bias is not None:
-        logits += head.bias[: head.vocab_size]
+        products += head.bias[: head.vocab_size]
     if head.scale != 1.0:
-        logits *= head.scale
+        products *= head.scale
     if head.softcap is not None:
-        logits.div_(head.softcap).tanh_().mul_(head.softcap)
+        products.div_(head.softcap).tanh_().mul_(head.softcap)
+    return products
+
+
+def slope_of(logits: Tensor, head: LMHead) -> Tensor | float:
+    """The derivative of each logit with respect to its product, from the logit."""
+    if head.softcap is None:
+        return head.scale
+    return head.scale * (1 - (logits / head.softcap).square())
+
+
+def logits_of(products: Tensor, head: LMHead) -> Block:
+    """The logits that `products` [B, vocab_size] stand for, in fp32 (or wider), which take their place if these are wide."""
+    logits = shape_logits(products.to(wide(products.dtype)), head)
     if len(head.end_ids) < 2:
         return Block(logits, None)
     ends = logits[:, list(head.end_ids)]
@@ -77,17 +90,13 @@ def logits_of(products: Tensor, head: LMHead) -> Block:
 
 def through_logits(gradient: Tensor, block: Block, head: LMHead) -> Tensor:
     """The gradient [B, V] with respect to `products + bias`, from that with respect to the logits; overwritten."""
-    of_ends = None
     if block.ends is not None:
         of_ends = gradient[:, head.end_ids[0], None] * torch.softmax(block.ends, dim=1)
-    if head.softcap is not None:
-        gradient *= 1 - (block.logits / head.softcap).square()  # the slope of the softcap, from the capped value
-        if of_ends is not None and block.ends is not None:
-            of_ends = of_ends * (1 - (block.ends / head.softcap).square())
-    if of_ends is not None:
+        of_ends *= slope_of(block.ends, head)
+    if head.softcap is not None or head.scale != 1.0:
+        gradient *= slope_of(block.logits, head)
+    if block.ends is not None:
         gradient[:, list(head.end_ids)] = of_ends
-    if head.scale != 1.0:
-        gradient *= head.scale
     return gradient
 
 
@@ -100,8 +109,7 @@ class Tiles:
     def __init__(self, hidden: Tensor, head: LMHead) -> None:
         self._hidden = hidden
         self._weight = head.weight[: head.vocab_size].T
-        budget = TILE_ELEMENTS.get(hidden.device.type, TILE_ELEMENTS["cuda"])
-        self._rows = max(1, min(budget // head.vocab_size, len(hidden)))
+        self._rows = tile_rows(len(hidden), head.vocab_size, hidden.device)
         self._buffer = hidden.new_empty((self._rows, head.vocab_size))
 
     def __iter__(self) -> Iterator[slice]:
@@ -110,6 +118,14 @@ class Tiles:
     def products(self, tile: slice) -> Tensor:
         """Valid until the next call."""
         return torch.mm(self._hidden[tile], self._weight, out=self._buffer[: tile.stop - tile.start])
+
+
+def tile_rows(tokens: int, vocab_size: int, device: torch.device) -> int:
+    """Rows of a tile: as many as it may have, evenly spread over the tiles, in a number that matrix products like."""
+    most = max(1, TILE_ELEMENTS.get(device.type, TILE_ELEMENTS["cuda"]) // vocab_size)
+    tiles = max(1, -(-tokens // most))
+    even = -(-tokens // tiles)
+    return max(1, min(-(-even // ROUND) * ROUND, most, tokens))
 
 
 def slices(rows: int, size: int) -> Iterator[slice]:
@@ -126,16 +142,6 @@ def blocks(tile: slice, head: LMHead) -> Iterator[tuple[slice, slice]]:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of results: fp32 for half precision, else unchanged."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-
-
-def softmax_of(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-normaliser [B] and probabilities [B, V].
-
-    With m the largest logit, its probability is exp(m - normaliser) >= 1/V: the normaliser comes from one number a row,
-    without another exponential.
-    """
-    probabilities = torch.softmax(logits, dim=1)
-    return logits.amax(dim=1) - probabilities.amax(dim=1).log(), probabilities
 
 
 def likeliest(rows: Tensor) -> Tensor:
