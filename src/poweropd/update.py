@@ -9,10 +9,10 @@ from torch import Tensor
 
 from poweropd.batching import collate, group_by_tokens
 from poweropd.objectives import Objective
-from poweropd.objectives.sweeps import LossTerms
 from poweropd.objectives.loss import loss_of, unshaped_terms
 from poweropd.objectives.objective import Shaped
 from poweropd.objectives.shaping import StepTokens
+from poweropd.objectives.sweeps import LossTerms
 from poweropd.policy import Student
 from poweropd.types import ScoredRollout, TokenBatch
 

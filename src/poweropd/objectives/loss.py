@@ -51,7 +51,9 @@ class _BoundLoss:
         return self.objective.knows_slope
 
     def exact(self, at: Positions, rows: slice) -> Exact:
-        divergences, slope = self.objective.exact_with_slope(at) if self.knows_slope else (self.objective.exact(at), None)
+        divergences, slope = (
+            self.objective.exact_with_slope(at) if self.knows_slope else (self.objective.exact(at), None)
+        )
         values, reference_kl = divergences, torch.zeros_like(at.logprobs)
         if self.shaped is not None:
             weights = self.shaped.weights[rows]

@@ -33,6 +33,7 @@ class RowScores(NamedTuple):
     top1_ids: Tensor
 
 
+@torch.no_grad()
 def read_rows(products: Tensor, head: LMHead, ids: Tensor, *, gradient: bool = False) -> RowScores:
     """Scores of rows [B, V]; `products` is used up.
 
@@ -75,9 +76,10 @@ def softmax_rows(products: Tensor, head: LMHead, *, gradient: bool) -> RowStatis
     dtype = wide(products.dtype)
     normalisers, expected, largest = products.new_empty((3, len(products)), dtype=dtype)
     top1_ids = products.new_empty(len(products), dtype=torch.long)
+    scratch = products.new_empty(0, dtype=dtype)
     for block, rows in blocks(slice(0, len(products)), head):
         logits = shape_logits(products[block].to(dtype), head)
-        probabilities = torch.softmax(logits, dim=1)
+        probabilities = torch.softmax(logits, dim=1, out=scratch.resize_(logits.shape))
         top1_ids[rows] = likeliest(logits)
         place = top1_ids[rows, None]
         largest[rows] = logits.gather(1, place)[:, 0]

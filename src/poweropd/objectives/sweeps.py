@@ -10,7 +10,17 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from poweropd.objectives.lm_head import Block, LMHead, LogProbs, Tiles, blocks, likeliest, logits_of, through_logits, wide
+from poweropd.objectives.lm_head import (
+    Block,
+    LMHead,
+    LogProbs,
+    Tiles,
+    blocks,
+    likeliest,
+    logits_of,
+    through_logits,
+    wide,
+)
 from poweropd.objectives.positions import Positions, TokenInputs
 from poweropd.objectives.softmax import read_rows
 
@@ -78,8 +88,8 @@ class LossTerms(NamedTuple):
     top1_agreement: Tensor
 
 
-Add = Callable[[slice, Tensor, Tensor | None], None]
-"""Takes the gradient [C, V] of the products of a tile, which is still to be scaled by a number a row [C], or by none."""
+Add = Callable[[slice, Tensor, Tensor], None]
+"""Takes the rows of a tile, the gradient [C, V] of its products, and by what each row of it is still to be scaled [C]."""
 
 
 class _Found(NamedTuple):
@@ -171,36 +181,37 @@ def _sweep_distributions(
 def _block(shaped: Block, loss: Loss, known: dict[str, Tensor], rows: slice, found: _Found) -> Tensor:
     """The gradient [B, V] with respect to the logits of a block; the rest goes into `found`."""
     targets = known["target_ids"][:, None]
-    if loss.has_exact and not loss.knows_slope:
-        with torch.enable_grad():
-            student = torch.log_softmax(shaped.logits.requires_grad_(), dim=1)
-            at = Positions(logprobs=student.detach().gather(1, targets)[:, 0], student=student, **known)
-            exact = loss.exact(at, rows)
-            (gradient,) = torch.autograd.grad(exact.values.sum(), shaped.logits)
-        shaped.logits.requires_grad_(False)
-        at = replace(at, student=student.detach())
-        probabilities = at.student.exp()
-    else:
-        student = torch.log_softmax(shaped.logits, dim=1)
-        at = Positions(logprobs=student.gather(1, targets)[:, 0], student=student, **known)
-        probabilities = student.exp()
-        if loss.has_exact:
-            exact = loss.exact(at, rows)
-            assert exact.slope is not None
-            gradient = torch.addcmul(exact.slope, probabilities, exact.slope.sum(1, keepdim=True), value=-1)
+    student = torch.log_softmax(shaped.logits, dim=1)
+    at = Positions(logprobs=student.gather(1, targets)[:, 0], student=student, **known)
+    probabilities = student.exp()
     if loss.has_exact:
-        found.values[rows], found.divergences[rows], found.reference_kl[rows] = (part.detach() for part in exact[:3])
+        exact, gradient = _exact(at, student, probabilities, loss, rows)
+        found.values[rows], found.divergences[rows], found.reference_kl[rows] = exact[:3]
     else:
-        gradient = torch.zeros_like(probabilities)
+        gradient = torch.zeros_like(student)
     if loss.has_score:
-        advantages = loss.advantage(at, rows)
-        gradient = gradient.addcmul_(advantages[:, None], probabilities)
+        found.advantages[rows] = advantages = loss.advantage(at, rows)
+        gradient.addcmul_(advantages[:, None], probabilities)
         gradient.scatter_add_(1, targets, -advantages[:, None])
-        found.advantages[rows] = advantages
     found.logprobs[rows] = at.logprobs
-    found.entropies[rows] = -probabilities.mul_(at.student).sum(1)
+    found.entropies[rows] = -probabilities.mul_(student).sum(1)
     _note(found, at, rows)
     return gradient
+
+
+def _exact(at: Positions, student: Tensor, probabilities: Tensor, loss: Loss, rows: slice) -> tuple[Exact, Tensor]:
+    """The exact part, and its gradient [B, V] with respect to the logits: `g - q sum(g)`, g that with respect to log q."""
+    if loss.knows_slope:
+        exact = loss.exact(at, rows)
+        slope = exact.slope
+        assert slope is not None
+    else:
+        with torch.enable_grad():
+            leaf = student.detach().requires_grad_()
+            exact = loss.exact(replace(at, student=leaf), rows)
+            (slope,) = torch.autograd.grad(exact.values.sum(), leaf)
+        exact = Exact(*(part.detach() for part in exact[:3]))
+    return exact, torch.addcmul(slope, probabilities, slope.sum(1, keepdim=True), value=-1)
 
 
 def _note(found: _Found, at: Positions, rows: slice) -> None:
