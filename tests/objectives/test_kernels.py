@@ -13,6 +13,7 @@ import pytest
 import torch
 
 CASES = Path(__file__).parent / "kernel_cases.py"
+FUSED = Path(__file__).parent / "test_fused.py"
 IS_MISSING = importlib.util.find_spec("triton") is None
 needs_triton = pytest.mark.skipif(
     IS_MISSING, reason="THE GPU KERNELS ARE NOT TESTED: triton is not installed (pip install triton, on Linux)"
@@ -29,6 +30,17 @@ def test_kernels_equal_their_references(mode: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CASES)]
     got = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert got.returncode == 0, got.stdout[-6000:] + got.stderr[-2000:]
+
+
+@needs_triton
+def test_losses_through_the_kernels_equal_naive_ones() -> None:
+    """The fused losses take the kernels where there are some: their own tests again, in the interpreter."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    chosen = "no_worse_than_naive or rows_give or agreement or no_tokens or merged_end"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, str(FUSED)]
+    got = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert got.returncode == 0, got.stdout[-6000:] + got.stderr[-2000:]
+    assert "passed" in got.stdout
 
 
 @needs_triton

@@ -205,9 +205,10 @@ class LogProbs:
         """The tiles."""
         return iter(self._tiles[0])
 
-    def enter(self, tile: slice) -> None:
-        """Go to the rows of a tile."""
+    def enter(self, tile: slice) -> list[Tensor]:
+        """Go to the rows of a tile; returns its products, one of each model."""
         self._products = [tiles.products(tile) for tiles in self._tiles]
+        return self._products
 
     def of(self, block: slice) -> Tensor:
         """Log-probabilities [B, vocab_size] of a block of the tile entered, fp32."""

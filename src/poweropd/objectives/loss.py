@@ -50,6 +50,10 @@ class _BoundLoss:
     def knows_slope(self) -> bool:
         return self.objective.knows_slope
 
+    @property
+    def is_reverse_kl(self) -> bool:
+        return self.objective.is_reverse_kl and self.shaped is None
+
     def exact(self, at: Positions, rows: slice) -> Exact:
         divergences, slope = (
             self.objective.exact_with_slope(at) if self.knows_slope else (self.objective.exact(at), None)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from poweropd.objectives import shaping
-from poweropd.objectives.csiszar import limited
+from poweropd.objectives.csiszar import limited, reverse_kl
 from poweropd.objectives.divergences import Divergence, attach_gradient, coarsen
 from poweropd.objectives.lm_head import wide
 from poweropd.objectives.positions import Positions
@@ -243,6 +243,13 @@ class Objective:
     def knows_slope(self) -> bool:
         """Whether `exact_with_slope` takes the place of `exact` and autograd."""
         return self.estimator == "full" and self.row.extra is None and self.divergence.term_and_slope is not None
+
+    @property
+    def is_reverse_kl(self) -> bool:
+        """Whether it is the exact KL(q || p) to the teacher and nothing else."""
+        is_plain = self.estimator == "full" and self.row.extra is None and self.row.target is None
+        is_unlimited = self._number("ratio_limit") in (0.0, torch.inf)
+        return is_plain and is_unlimited and self.row.divergence is reverse_kl and not self.reference_weight
 
     def exact_with_slope(self, at: Positions) -> tuple[Tensor, Tensor]:
         """The same [B], and its derivative [B, V] with respect to log q, up to a multiple of q."""

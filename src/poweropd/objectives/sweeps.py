@@ -12,6 +12,7 @@ from torch import Tensor
 
 from poweropd.objectives.lm_head import (
     Block,
+    Distribution,
     LMHead,
     LogProbs,
     Tiles,
@@ -22,7 +23,7 @@ from poweropd.objectives.lm_head import (
     wide,
 )
 from poweropd.objectives.positions import Positions, TokenInputs
-from poweropd.objectives.softmax import read_rows
+from poweropd.objectives.softmax import has_kernels, read_reverse_kl, read_rows
 
 
 class Exact(NamedTuple):
@@ -54,6 +55,11 @@ class Loss(Protocol):
     @property
     def knows_slope(self) -> bool:
         """Whether the exact part comes with its slope; else `Positions.student` carries its graph."""
+        ...
+
+    @property
+    def is_reverse_kl(self) -> bool:
+        """Whether it is the exact KL(q || p) and nothing else."""
         ...
 
     @property
@@ -117,7 +123,9 @@ def sweep(
         column.zero_()
     if inputs.teacher_entropies is not None:
         found.teacher_entropies.copy_(inputs.teacher_entropies)
-    if loss.has_exact or loss.looks_at_student or inputs.teacher is not None or inputs.reference is not None:
+    if loss.is_reverse_kl and inputs.teacher is not None and len(inputs.teacher.heads) == 1 and has_kernels(hidden):
+        _sweep_reverse_kl(hidden, head, inputs, inputs.teacher, denominator, add, found)
+    elif loss.has_exact or loss.looks_at_student or inputs.teacher is not None or inputs.reference is not None:
         _sweep_distributions(hidden, head, inputs, loss, denominator, add, found)
     else:
         _sweep_targets(hidden, head, inputs, loss, denominator, add, found)
@@ -143,6 +151,30 @@ def _sweep_targets(
         _note(found, at, tile)
         if add is not None:
             add(tile, products, advantages / denominator)
+
+
+def _sweep_reverse_kl(
+    hidden: Tensor,
+    head: LMHead,
+    inputs: TokenInputs,
+    teacher: Distribution,
+    denominator: float,
+    add: Add | None,
+    found: _Found,
+) -> None:
+    """The commonest exact objective, where a kernel gives a whole tile's values and gradients."""
+    teacher.check_fits(head)
+    tiles, reader = Tiles(hidden, head), LogProbs(teacher)
+    for tile in tiles:
+        products, (teacher_products,) = tiles.products(tile), reader.enter(tile)
+        targets = inputs.target_ids[tile, None]
+        read = read_reverse_kl(products, head, teacher_products, teacher.heads[0], targets, gradient=add is not None)
+        found.values[tile] = found.divergences[tile] = read.values
+        found.logprobs[tile], found.teacher_logprobs[tile] = read.student.logprobs[:, 0], read.teacher.logprobs[:, 0]
+        found.entropies[tile], found.teacher_entropies[tile] = read.student.entropies, read.teacher.entropies
+        found.top1_agreement[tile] = read.agree.to(found.top1_agreement.dtype)
+        if add is not None:
+            add(tile, products, torch.full_like(read.values, 1 / denominator))
 
 
 def _sweep_distributions(
