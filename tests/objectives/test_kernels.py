@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-CASES = Path(__file__).parent / "kernel_cases.py"
+HERE = Path(__file__).parent
 IS_MISSING = importlib.util.find_spec("triton") is None
 needs_triton = pytest.mark.skipif(
     IS_MISSING, reason="THE GPU KERNELS ARE NOT TESTED: triton is not installed (pip install triton, on Linux)"
@@ -20,13 +20,21 @@ needs_triton = pytest.mark.skipif(
 
 
 @needs_triton
-@pytest.mark.parametrize("mode", ["interpreter", "gpu"])
-def test_kernels_equal_their_references(mode: str) -> None:
-    """See kernel_cases.py."""
+@pytest.mark.parametrize(
+    ("mode", "what"),
+    [
+        ("interpreter", ["kernel_cases.py"]),
+        ("interpreter", ["test_fused.py", "-k", "no_worse or agreement"]),
+        ("gpu", ["kernel_cases.py"]),
+    ],
+    ids=["rows", "losses", "rows on a GPU"],
+)
+def test_kernels_equal_their_references(mode: str, what: list[str]) -> None:
+    """By themselves, and in the losses that use them."""
     if mode == "gpu" and not torch.cuda.is_available():
         pytest.skip("there is no GPU: the kernels are tested in Triton's interpreter only")
     environment = {**os.environ, "TRITON_INTERPRET": "1" if mode == "interpreter" else "0"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CASES)]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / what[0]), *what[1:]]
     got = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert got.returncode == 0, got.stdout[-6000:] + got.stderr[-2000:]
 
