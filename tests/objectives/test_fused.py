@@ -408,6 +408,10 @@ def test_agreement_and_the_teachers_entropy(form: str) -> None:
     assert agreement[: N // 2].all()
     assert not agreement.all()
     assert torch.equal(got.top1_agreement, agreement)
+    itself = loss_of(
+        build("reverse_kl"), hidden, head, replace(inputs, teacher=Distribution((hidden,), (head,))), denominator=N
+    )
+    assert itself.top1_agreement.all()
     torch.testing.assert_close(got.teacher_entropies, -(p.exp() * p).sum(1), rtol=1e-4, atol=1e-5)
     bare = loss_of(
         build("power"), hidden, head, TokenInputs(targets, p.gather(1, targets[:, None])[:, 0]), denominator=N

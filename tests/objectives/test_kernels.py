@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-CASES = Path(__file__).parent / "kernel_cases.py"
-FUSED = Path(__file__).parent / "test_fused.py"
+HERE = Path(__file__).parent
 IS_MISSING = importlib.util.find_spec("triton") is None
 needs_triton = pytest.mark.skipif(
     IS_MISSING, reason="THE GPU KERNELS ARE NOT TESTED: triton is not installed (pip install triton, on Linux)"
@@ -21,26 +20,23 @@ needs_triton = pytest.mark.skipif(
 
 
 @needs_triton
-@pytest.mark.parametrize("mode", ["interpreter", "gpu"])
-def test_kernels_equal_their_references(mode: str) -> None:
-    """See kernel_cases.py."""
+@pytest.mark.parametrize(
+    ("mode", "what"),
+    [
+        ("interpreter", ["kernel_cases.py"]),
+        ("interpreter", ["test_fused.py", "-k", "no_worse or agreement or rows_give or no_tokens"]),
+        ("gpu", ["kernel_cases.py"]),
+    ],
+    ids=["rows", "losses", "rows on a GPU"],
+)
+def test_kernels_equal_their_references(mode: str, what: list[str]) -> None:
+    """By themselves, and in the losses that use them."""
     if mode == "gpu" and not torch.cuda.is_available():
         pytest.skip("there is no GPU: the kernels are tested in Triton's interpreter only")
     environment = {**os.environ, "TRITON_INTERPRET": "1" if mode == "interpreter" else "0"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CASES)]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / what[0]), *what[1:]]
     got = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert got.returncode == 0, got.stdout[-6000:] + got.stderr[-2000:]
-
-
-@needs_triton
-def test_losses_through_the_kernels_equal_naive_ones() -> None:
-    """The fused losses take the kernels where there are some: their own tests again, in the interpreter."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    chosen = "no_worse_than_naive or rows_give or agreement or no_tokens or merged_end"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, str(FUSED)]
-    got = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert got.returncode == 0, got.stdout[-6000:] + got.stderr[-2000:]
-    assert "passed" in got.stdout
 
 
 @needs_triton

@@ -10,15 +10,17 @@ Shapes: N tokens, H hidden size, V rows of the head, C rows of a tile, B rows of
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Elements of a tile and of a block. Chosen by benchmarks/memory.py on a CPU; the GPU's are not yet measured.
-TILE_ELEMENTS = {"cpu": 24_400_000, "cuda": 128_000_000}
-BLOCK_ELEMENTS = {"cpu": 1_000_000, "cuda": 64_000_000}
-ROUND = 16  # rows of a tile are a multiple of it, where there are as many
+# Elements of a tile and of a block; the GPU's are not yet measured.
+TILE_ELEMENTS = {"cpu": 24_400_000, "cuda": 160_000_000}
+BLOCK_ELEMENTS = {"cpu": 1_000_000, "cuda": 16_000_000}
+ROUND = {"cpu": 16, "cuda": 128}  # rows of a tile are a multiple of it, where there are as many
+ALIGNED = {"cpu": 1, "cuda": 64}  # and lie apart by one: half-precision products on a GPU are slow at odd addresses
 SEGMENT = 128  # see `likeliest`
 NEVER = -1e9  # the logit of a token that cannot be emitted; finite, so that 0 * (log q - log p) stays 0
 
@@ -48,8 +50,18 @@ class LMHead:
         """`target_ids` with every merged end token under the first of them."""
         if len(self.end_ids) < 2:
             return target_ids
-        is_end = torch.isin(target_ids, torch.tensor(self.end_ids, device=target_ids.device))
+        is_end = torch.isin(target_ids, self.ends_on(target_ids.device))
         return torch.where(is_end, self.end_ids[0], target_ids)
+
+    def ends_on(self, device: torch.device) -> Tensor:
+        """`end_ids` as a tensor on a device."""
+        return _on_device(self.end_ids, device)
+
+
+@cache
+def _on_device(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """Made once: a copy to a GPU waits for all that is under way."""
+    return torch.tensor(ids, device=device)
 
 
 class Block(NamedTuple):
@@ -82,8 +94,9 @@ def logits_of(products: Tensor, head: LMHead) -> Block:
     logits = shape_logits(products.to(wide(products.dtype)), head)
     if len(head.end_ids) < 2:
         return Block(logits, None)
-    ends = logits[:, list(head.end_ids)]
-    logits[:, list(head.end_ids)] = NEVER
+    places = head.ends_on(logits.device)
+    ends = logits[:, places]
+    logits[:, places] = NEVER
     logits[:, head.end_ids[0]] = torch.logsumexp(ends, dim=1)
     return Block(logits, ends)
 
@@ -96,7 +109,7 @@ def through_logits(gradient: Tensor, block: Block, head: LMHead) -> Tensor:
     if head.softcap is not None or head.scale != 1.0:
         gradient *= slope_of(block.logits, head)
     if block.ends is not None:
-        gradient[:, list(head.end_ids)] = of_ends
+        gradient[:, head.ends_on(gradient.device)] = of_ends
     return gradient
 
 
@@ -110,7 +123,8 @@ class Tiles:
         self._hidden = hidden
         self._weight = head.weight[: head.vocab_size].T
         self._rows = tile_rows(len(hidden), head.vocab_size, hidden.device)
-        self._buffer = hidden.new_empty((self._rows, head.vocab_size))
+        stride = _up(head.vocab_size, ALIGNED.get(hidden.device.type, ALIGNED["cuda"]))
+        self._buffer = hidden.new_empty((self._rows, stride))[:, : head.vocab_size]
 
     def __iter__(self) -> Iterator[slice]:
         return slices(len(self._hidden), self._rows)
@@ -125,7 +139,11 @@ def tile_rows(tokens: int, vocab_size: int, device: torch.device) -> int:
     most = max(1, TILE_ELEMENTS.get(device.type, TILE_ELEMENTS["cuda"]) // vocab_size)
     tiles = max(1, -(-tokens // most))
     even = -(-tokens // tiles)
-    return max(1, min(-(-even // ROUND) * ROUND, most, tokens))
+    return max(1, min(_up(even, ROUND.get(device.type, ROUND["cuda"])), most, tokens))
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def slices(rows: int, size: int) -> Iterator[slice]:

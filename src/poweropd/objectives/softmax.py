@@ -65,14 +65,14 @@ def read_reverse_kl(
         teacher_products,
         student_map=_map(head),
         teacher_map=_map(teacher_head),
-        end_ids=_end_ids(products, head) if len(head.end_ids) > 1 else None,
+        end_ids=head.ends_on(products.device) if len(head.end_ids) > 1 else None,
         gradient=gradient,
     )
     student, teacher = _answer(head, asked, found.student), _answer(teacher_head, asked_of_teacher, found.teacher)
-    agree = found.student_at_teachers_top1 == student.largest + found.student.normalisers
+    theirs = found.student_at_teachers_top1
     if asked.merged is not None:
-        is_end = teacher.top1_ids == head.end_ids[0]
-        agree = torch.where(is_end, asked.merged == student.largest + found.student.normalisers, agree)
+        theirs = torch.where(teacher.top1_ids == head.end_ids[0], asked.merged, theirs)
+    agree = theirs - found.student.normalisers == student.largest
     return ReverseKLScores(found.values, student, teacher, agree)
 
 
@@ -94,7 +94,7 @@ def _ask(products: Tensor, head: LMHead, ids: Tensor) -> _Asked:
     chosen = _logits_at(products, head, ids)
     if len(head.end_ids) < 2:
         return _Asked(ids, chosen, None, None)
-    ends = _logits_at(products, head, _end_ids(products, head).expand(len(products), -1))
+    ends = _logits_at(products, head, head.ends_on(products.device).expand(len(products), -1))
     merged = ends.logsumexp(dim=1)
     return _Asked(ids, torch.where(ids == head.end_ids[0], merged[:, None], chosen), ends, merged)
 
@@ -104,7 +104,7 @@ def _answer(head: LMHead, asked: _Asked, statistics: kernels.RowStatistics) -> R
     if asked.ends is not None and asked.merged is not None:
         apart, together = asked.ends - normalisers[:, None], asked.merged - normalisers
         entropies = entropies + (apart.exp() * apart).sum(1) - together.exp() * together
-        wins = torch.isin(top1_ids, _end_ids(top1_ids, head)) | (asked.merged > largest)
+        wins = torch.isin(top1_ids, head.ends_on(top1_ids.device)) | (asked.merged > largest)
         largest, top1_ids = torch.where(wins, asked.merged, largest), torch.where(wins, head.end_ids[0], top1_ids)
     return RowScores(asked.chosen - normalisers[:, None], entropies, largest - normalisers, top1_ids)
 
@@ -118,7 +118,7 @@ def _subtract_target(gradient: Tensor, head: LMHead, asked: _Asked, normalisers:
         is_end = target == head.end_ids[0]
         shares = torch.softmax(asked.ends, dim=1) * is_end[:, None]
         at_ends = ((asked.ends - normalisers[:, None]).exp() - shares) * slope_of(asked.ends, head)
-        gradient[:, list(head.end_ids)] = at_ends.to(gradient.dtype)
+        gradient[:, head.ends_on(gradient.device)] = at_ends.to(gradient.dtype)
         at_target = torch.where(is_end, at_ends[:, 0], at_target)
     gradient.scatter_(1, target[:, None], at_target[:, None].to(gradient.dtype))
 
@@ -162,7 +162,3 @@ def _logits_at(products: Tensor, head: LMHead, ids: Tensor) -> Tensor:
     if head.bias is not None:
         picked = picked + head.bias[ids]
     return shape_logits(picked, replace(head, bias=None))
-
-
-def _end_ids(products: Tensor, head: LMHead) -> Tensor:
-    return torch.tensor(head.end_ids, device=products.device)
