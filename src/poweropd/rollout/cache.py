@@ -30,15 +30,16 @@ class KeyValueCache:
         """Tokens a row has room for."""
         return self.keys[0].shape[1]
 
-    def reserve(self, tokens: int) -> None:
-        """Make room for rows of so many tokens."""
+    def reserve(self, tokens: int) -> bool:
+        """Make room for rows of so many tokens; whether the cache has moved for it."""
         if tokens <= self.capacity:
-            return
+            return False
         wanted = max(tokens, self.capacity * 3 // 2)
         room = min(-(-wanted // CHUNK) * CHUNK, self._limit) - self.capacity
         for slots in (self.keys, self.values):
             for layer, old in enumerate(slots):  # one by one: never two whole caches
                 slots[layer] = torch.nn.functional.pad(old, (0, 0, 0, 0, 0, room))
+        return True
 
     def write(self, layer: int, places: Tensor, keys: Tensor, values: Tensor) -> None:
         """One token a row: `[n, heads, head size]`, to places [n] counted through all slots."""

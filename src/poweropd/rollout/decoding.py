@@ -13,11 +13,13 @@ from poweropd.models import compute_precision
 from poweropd.rollout.batch import Move
 from poweropd.rollout.cache import KeyValueCache
 from poweropd.rollout.llama import Llama, is_llama
+from poweropd.rollout.replay import Replay
 
 PREFILL_TOKENS = 4096  # padded tokens of prompts run at once
 CHECKED = (7, 3, 1, 5)  # tokens of the prompts on which a lean decoding is compared with transformers
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest hidden state
 TOLERANCE_OF_FULL = 1e-3
+GPU_WIDTH = 256  # see `LeanDecoding._shape`
 
 
 class Decoding(Protocol):
@@ -71,6 +73,8 @@ class LeanDecoding:
             device=llama.device,
         )
         self._rows = 0
+        self._replay = Replay()
+        self._ids = torch.zeros(rows, dtype=torch.long, device=llama.device)
         self._lengths = torch.zeros(rows, dtype=torch.long, device=llama.device)  # tokens in each slot
         self._longest = 0  # of the rows at work
 
@@ -82,9 +86,7 @@ class LeanDecoding:
         hidden = []
         for group in _groups(prompts):
             rows = ((of_rows >= group.start) & (of_rows < group.stop)).nonzero()[:, 0]
-            hidden.append(
-                self._prefill(prompts[group], lengths[group], self._rows + rows, of_rows[rows] - group.start)
-            )
+            hidden.append(self._prefill(prompts[group], lengths[group], self._rows + rows, of_rows[rows] - group.start))
         self._lengths[self._rows : self._rows + len(which)] = lengths[of_rows]
         self._rows += len(which)
         self._longest = max(self._longest, *map(len, prompts))
@@ -112,14 +114,28 @@ class LeanDecoding:
 
     def step(self, ids: Tensor) -> Tensor:
         self._longest += 1
-        self._cache.reserve(self._longest)
-        rows, width = self._rows, self._longest
+        if self._cache.reserve(self._longest):
+            self._replay.forget()
+        self._ids[: self._rows] = ids
+        shape = self._shape()
+        hidden = (self._replay(self._decode, shape) if ids.is_cuda else self._decode(*shape))[: self._rows]
+        self._lengths[: self._rows] += 1
+        return hidden
+
+    def _shape(self) -> tuple[int, int]:
+        """Rows and tokens that a step runs over. On a GPU they are rounded up, so that few shapes occur."""
+        if self._ids.is_cuda:
+            rows = min(1 << (self._rows - 1).bit_length(), len(self._ids))
+            return rows, min(-(-self._longest // GPU_WIDTH) * GPU_WIDTH, self._cache.capacity)
+        return self._rows, self._longest
+
+    def _decode(self, rows: int, width: int) -> Tensor:
+        """Hidden states [rows, H] of `self._ids`, each put at the end of its slot; none is longer than `width` with it."""
         positions = self._lengths[:rows]
-        slots = torch.arange(rows, device=ids.device)
-        places = slots * self._cache.capacity + positions
-        sees = torch.arange(width, device=ids.device) <= positions[:, None]
-        mask = torch.zeros(rows, 1, 1, width, dtype=self._llama.dtype, device=ids.device)
-        mask.masked_fill_(~sees[:, None, None], -torch.inf)
+        places = torch.arange(rows, device=positions.device) * self._cache.capacity + positions
+        unseen = torch.arange(width, device=positions.device) > positions[:, None]
+        mask = torch.zeros(rows, 1, 1, width, dtype=self._llama.dtype, device=positions.device)
+        mask.masked_fill_(unseen[:, None, None], -torch.inf)
 
         def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             self._cache.write(layer, places, keys, values)
@@ -133,13 +149,12 @@ class LeanDecoding:
             )
             return found.flatten(1, 2)
 
-        hidden = self._llama.final(self._llama(ids, positions, attend))
-        self._lengths[:rows] += 1
-        return hidden
+        return self._llama.final(self._llama(self._ids[:rows], positions, attend))
 
     def keep(self, move: Move) -> None:
         self._cache.move(move.gaps, move.sources, self._longest)
         self._lengths[move.gaps] = self._lengths[move.sources]
+        self._lengths[move.rows :] = 0
         self._rows = move.rows
         self._longest = int(self._lengths[: self._rows].max()) if self._rows else 0
 
@@ -232,7 +247,7 @@ class Decoder:
     def _agrees(self) -> bool:
         """Whether `LeanDecoding` gives what transformers gives: prompts, two steps, a row that moves, another step."""
         dtype, device = self._model.dtype, self._model.device
-        vocabulary = self._model.get_input_embeddings().num_embeddings
+        vocabulary = self._model.config.get_text_config().vocab_size
         prompts = [[(31 * place + 7 * row + 1) % vocabulary for place in range(n)] for row, n in enumerate(CHECKED)]
         which = [0, 1, 1, 2, 3]
         ids = (torch.arange(len(which), device=device) * 101 + 5) % vocabulary

@@ -32,7 +32,7 @@ def is_llama(model: PreTrainedModel) -> bool:
 
     That they also work together as in Llama (where norms stand, what is scaled) only a comparison can tell.
     """
-    base = model.base_model
+    base: Any = model.base_model
     if not _has(base, BASE) or type(base.embed_tokens) is not nn.Embedding or not _is_norm(base.norm):
         return False
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
@@ -167,7 +167,9 @@ class Llama:
         biases = [module.bias.detach().to(self.dtype) for module in modules if module.bias is not None]
         if self._fused and len(modules) > 1:
             weights, biases = [torch.cat(weights)], [torch.cat(biases)] if biases else []
-        return _Linear(list(zip(weights, biases or [None] * len(weights), strict=True)))
+        if not biases:
+            return _Linear([(weight, None) for weight in weights])
+        return _Linear(list(zip(weights, biases, strict=True)))
 
     def _rotary_table(self, rope: Any, tokens: int) -> Tensor:
         """[tokens, 2, 1, D]: by what a head and its swapped halves are multiplied, to rotate it to each position."""
@@ -189,9 +191,7 @@ class Llama:
         """The last norm, in the model's precision."""
         return self._norm(x).to(self._embedding.dtype)
 
-    def _attention(
-        self, number: int, layer: _Layer, x: Tensor, rotation: tuple[Tensor, ...], attend: Attend
-    ) -> Tensor:
+    def _attention(self, number: int, layer: _Layer, x: Tensor, rotation: tuple[Tensor, ...], attend: Attend) -> Tensor:
         heads = layer.qkv(layer.attention_norm(x)).view(len(x), -1, self.head_size)
         rotated, values = heads.split([self.query_heads + self.key_heads, self.key_heads], dim=1)
         rotated = rotated.to(wide(self.dtype)) if layer.head_norm is None else layer.head_norm(rotated)

@@ -90,22 +90,22 @@ def _invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """
     size = probabilities.shape[1]
     if size <= 4 * SEGMENT:
-        return _pass(probabilities, uniform)[0]
+        return _passed(probabilities, uniform[:, None])[0][:, 0]
     whole = size // SEGMENT * SEGMENT
     sums = probabilities[:, :whole].unflatten(1, (-1, SEGMENT)).sum(dim=2)
     if whole < size:
         sums = torch.cat([sums, probabilities[:, whole:].sum(dim=1, keepdim=True)], dim=1)
-    segment, uniform = _pass(sums, uniform)
-    ids = segment[:, None] * SEGMENT + torch.arange(SEGMENT, device=segment.device)
+    segment, missing = _passed(sums, uniform[:, None])
+    ids = segment * SEGMENT + torch.arange(SEGMENT, device=segment.device)
     inside = probabilities.gather(1, ids.clamp(max=size - 1)).masked_fill_(ids >= size, 0)
-    return segment * SEGMENT + _pass(inside, uniform)[0]
+    into_segment = (1 - missing / sums.gather(1, segment)).clamp(0, 1)
+    return ids.gather(1, _passed(inside, into_segment)[0])[:, 0]
 
 
-def _pass(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """The index [B] at which the cumulative weight [B, W] passes the share `uniform` of all; how far into that weight."""
+def _passed(weights: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the cumulative weight [B, W] passes a share [B, 1] of all: the index, and what that weight exceeds it by."""
     cumulative = weights.cumsum(dim=1, dtype=torch.float64)
     total = cumulative[:, -1:]
-    level = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    level = torch.minimum(share * total, total.nextafter(torch.zeros_like(total)))
     index = torch.searchsorted(cumulative, level, right=True)
-    weight = weights.gather(1, index)
-    return index[:, 0], ((level - cumulative.gather(1, index)) / weight + 1)[:, 0].clamp(0, 1)
+    return index, cumulative.gather(1, index) - level
