@@ -158,7 +158,7 @@ class Bench:
             steps=1000,
             precision=self.precision,
         )
-        self.how = MicroBatches(tokens=setting.micro_batch * (setting.prompt + setting.new), pad_id=0)
+        self.how = MicroBatches(tokens=setting.micro_batch * (setting.prompt + setting.new))
 
     def prompts(self, count: int) -> list[Prompt]:
         ids = torch.randint(self.setting.vocabulary, (count, self.setting.prompt)).tolist()

@@ -63,7 +63,7 @@ def measured(
     **how: Any,
 ) -> tuple[StepStatistics, GradientResult]:
     seen = StepStatistics(objective, [item.rollout for item in scored], sampling)
-    how = MicroBatches(tokens=tokens, pad_id=0, **how)
+    how = MicroBatches(tokens=tokens, **how)
     return seen, accumulate_gradient(student, scored, objective, how, watch=seen.add)
 
 
@@ -112,7 +112,7 @@ class Expected:
             "entropy/student": self.entropies[0].mean(),
             "entropy/teacher": self.entropies[1].mean(),
             "top1_agreement": self.agreement.mean(),
-            "rollout/mismatch": np.abs(self.q - self.sampled)[~self.ends].mean(),
+            "rollout/mismatch": np.abs(self.q - self.sampled).mean(),
             "kl/k1": -r.mean(),
             "kl/k2": (r**2).mean() / 2,
             "kl/k3": (np.exp(r) - 1 - r).mean(),
@@ -205,7 +205,7 @@ def test_the_same_numbers_in_other_parts_give_the_same_counts(
         pieces.append(StepStatistics(objective, rollouts, SAMPLING))
         pieces[-1].add(batch, terms)
 
-    accumulate_gradient(make_student(), scored, objective, MicroBatches(tokens=20, pad_id=0), watch=watch)
+    accumulate_gradient(make_student(), scored, objective, MicroBatches(tokens=20), watch=watch)
     assert len(pieces) > 2
     merged = pieces.pop()
     while pieces:
@@ -235,7 +235,7 @@ def test_memory_does_not_grow_with_tokens(make_student: Callable[..., Student], 
     objective, student, sizes = OBJECTIVES["power"], make_student(), []
     for rollouts in (make_rollouts([(2, 3)]), make_rollouts([(2, 60)] * 8)):
         seen = StepStatistics(objective, rollouts, SAMPLING)
-        how = MicroBatches(tokens=100, pad_id=0)
+        how = MicroBatches(tokens=100)
         scored = judge(rollouts, objective, teacher)
         result = accumulate_gradient(student, scored, objective, how, watch=seen.add, keep=1)
         assert [len(terms.places) for terms in result.terms] == [len(rollouts[0])]
@@ -247,7 +247,7 @@ def test_the_terms_that_are_kept_are_those_of_the_first_rollouts(
     make_student: Callable[..., Student], teacher: HFTeacher
 ) -> None:
     objective, student = OBJECTIVES["power"], make_student()
-    scored, how = judge(some_rollouts(), objective, teacher), MicroBatches(tokens=20, pad_id=0)
+    scored, how = judge(some_rollouts(), objective, teacher), MicroBatches(tokens=20)
     every = accumulate_gradient(student, scored, objective, how).terms
     kept = accumulate_gradient(student, scored, objective, how, keep=2).terms
     assert [len(terms.places) for terms in every] == [length for _, length in LENGTHS]

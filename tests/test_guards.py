@@ -33,7 +33,7 @@ def test_the_token_that_broke_a_step_is_named(
     broken = scores[1].logprobs.clone()
     broken[2] = math.nan
     scored = [ScoredRollout(rollouts[0], scores[0]), ScoredRollout(rollouts[1], replace(scores[1], logprobs=broken))]
-    result = accumulate_gradient(student, scored, objective, MicroBatches(tokens=100, pad_id=0))
+    result = accumulate_gradient(student, scored, objective, MicroBatches(tokens=100))
     token = tokenizer.decode([rollouts[1].response_ids[2]])
     with pytest.raises(NonFiniteError) as error:
         guards.refuse_non_finite(result, student.gradient_norm(), rollouts, tokenizer, step=7)
@@ -51,7 +51,7 @@ def test_the_first_of_several_broken_tokens_is_named(
     scored = judge(rollouts, objective, HFTeacher(make_model(seed=1), vocab_size=512))
     for index, places in ((1, (3, 4)), (2, (0,))):
         scored[index].scores.logprobs[list(places)] = math.nan
-    how = MicroBatches(tokens=tokens, pad_id=0)
+    how = MicroBatches(tokens=tokens)
     result = accumulate_gradient(student, scored, objective, how, keep=0)
     with pytest.raises(NonFiniteError, match=r"not finite at token 3 .* of the response to prompt p1: reward nan"):
         guards.refuse_non_finite(result, student.gradient_norm(), rollouts, tokenizer, step=7)
@@ -63,7 +63,7 @@ def test_an_overflow_of_the_backward_pass_is_told_apart(
     student, objective, rollouts = make_student(), build("log_ratio"), make_rollouts([(3, 4)])
     scores = HFTeacher(make_model(seed=1), vocab_size=512).score(rollouts, needs=objective.needs)
     scored = [ScoredRollout(rollouts[0], scores[0])]
-    result = accumulate_gradient(student, scored, objective, MicroBatches(tokens=100, pad_id=0))
+    result = accumulate_gradient(student, scored, objective, MicroBatches(tokens=100))
     guards.refuse_non_finite(result, student.gradient_norm(), rollouts, tokenizer, step=7)
     with pytest.raises(NonFiniteError, match=r"step 7: loss .* though every reward is finite"):
         guards.refuse_non_finite(result, math.inf, rollouts, tokenizer, step=7)

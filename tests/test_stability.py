@@ -63,7 +63,7 @@ def test_reference_kl_equals_plain_autograd(
     objective = build("power", alpha=0.5, reference_kl=0.3, reference_kl_form=form)
     teacher, reference = (HFTeacher(model, vocab_size=512) for model in models)
     scored = judge(rollouts, objective, teacher, reference)
-    result = accumulate_gradient(student, scored, objective, MicroBatches(tokens=tokens, pad_id=0))
+    result = accumulate_gradient(student, scored, objective, MicroBatches(tokens=tokens))
 
     chosen, from_teacher, from_reference = map(written.chosen, (written.q, written.p, written.r))
     pull = -((from_teacher / 2).exp() - (chosen / 2).exp()).detach() * chosen
@@ -89,7 +89,7 @@ def test_k1_in_the_reward_is_shaped_with_it_and_k2_as_a_loss_is_not(
         written = Written(student, *models, rollouts)
         objective = build("log_ratio", normalize="zscore", reference_kl=0.3, reference_kl_form=form)
         scored = judge(rollouts, objective, teacher, reference)
-        accumulate_gradient(student, scored, objective, MicroBatches(tokens=40, pad_id=0))
+        accumulate_gradient(student, scored, objective, MicroBatches(tokens=40))
         chosen, from_teacher, from_reference = map(written.chosen, (written.q, written.p, written.r))
         ratio, pull = (from_teacher - chosen).detach(), 0.3 * (chosen - from_reference).detach()
         reward = ratio - pull if form == "k1_reward" else ratio
@@ -105,7 +105,7 @@ def test_golden_answers_add_their_weighted_mean_cross_entropy(
     student, rollouts = make_student(), make_rollouts(LENGTHS)
     prompts = [replace(r.prompt, golden_ids=g.response_ids) for r, g in zip(rollouts, rollouts[::-1], strict=True)]
     answers = GoldenEngine().generate(prompts, Sampling(stop_ids=(0,), max_new_tokens=30), seed=0)
-    how = MicroBatches(tokens=30, pad_id=0)
+    how = MicroBatches(tokens=30)
     found = accumulate_gradient(student, [ScoredRollout(answer) for answer in answers], build("sft"), how, weight=0.2)
     written = Written(student, *models, answers)
     loss = -0.2 * written.chosen(written.q).mean()
@@ -117,18 +117,18 @@ def test_golden_answers_add_their_weighted_mean_cross_entropy(
 def test_off_policy_rewards_are_weighted_up_to_the_cap_and_the_students_own_are_not(
     make_student: Callable[..., Student], models: tuple[torch.nn.Module, torch.nn.Module]
 ) -> None:
-    own, other, merged_end = make_rollouts([(3, 6), (4, 8), (2, 5)])
-    rollouts = [own, replace(other, source="mixture"), replace(merged_end, source="teacher")]
+    own, other, third = make_rollouts([(3, 6), (4, 8), (2, 5)])
+    untold = (*third.rollout_logprobs[:-1], float("nan"))
+    rollouts = [own, replace(other, source="mixture"), replace(third, source="teacher", rollout_logprobs=untold)]
     teacher = HFTeacher(models[0], vocab_size=512, end_ids=(0, 2))
     objective = build("power", alpha=0.5)
     scored = judge(rollouts, objective, teacher)
     plain, weighted = make_student(end_ids=(0, 2)), make_student(end_ids=(0, 2))
-    bare = accumulate_gradient(plain, scored, objective, MicroBatches(tokens=20, pad_id=0))
-    got = accumulate_gradient(weighted, scored, objective, MicroBatches(tokens=20, pad_id=0, importance_cap=0.01))
+    bare = accumulate_gradient(plain, scored, objective, MicroBatches(tokens=20))
+    got = accumulate_gradient(weighted, scored, objective, MicroBatches(tokens=20, importance_cap=0.01))
     for rollout, one, two in zip(rollouts, bare.terms, got.terms, strict=True):
         ratio = (one.logprobs - torch.tensor(rollout.rollout_logprobs)).exp().clamp(max=0.01)
-        ratio[-1] = 1.0  # a merged end token has no probability of its own in the sampler
-        factor = torch.ones_like(ratio) if rollout.source == "student" else ratio
+        factor = torch.ones_like(ratio) if rollout.source == "student" else ratio.nan_to_num(1.0)
         torch.testing.assert_close(two.advantages, factor * one.advantages)
     assert (got.terms[1].advantages[:-1] != bare.terms[1].advantages[:-1]).all()
 
@@ -139,8 +139,8 @@ def test_importance_weights_come_after_whole_step_shaping(
     rollouts = [replace(rollout, source="mixture") for rollout in make_rollouts([(3, 6), (4, 8)])]
     objective = build("log_ratio", normalize="zscore")
     scored = judge(rollouts, objective, HFTeacher(models[0], vocab_size=512))
-    shaped = accumulate_gradient(make_student(), scored, objective, MicroBatches(tokens=20, pad_id=0))
-    how = MicroBatches(tokens=20, pad_id=0, importance_cap=0.01)
+    shaped = accumulate_gradient(make_student(), scored, objective, MicroBatches(tokens=20))
+    how = MicroBatches(tokens=20, importance_cap=0.01)
     weighted = accumulate_gradient(make_student(), scored, objective, how)
     for rollout, one, two in zip(rollouts, shaped.terms, weighted.terms, strict=True):
         ratio = (one.logprobs - torch.tensor(rollout.rollout_logprobs)).exp().clamp(max=0.01)
@@ -153,7 +153,7 @@ def test_masked_tokens_give_no_gradient(make_student: Callable[..., Student], mo
     written = Written(student, *models, rollouts)
     objective = build("reverse_kl")
     scored = judge(rollouts, objective, HFTeacher(models[0], vocab_size=512))
-    how = MicroBatches(tokens=30, pad_id=0, masked_ids=tuple(unwanted))
+    how = MicroBatches(tokens=30, masked_ids=tuple(unwanted))
     result = accumulate_gradient(student, scored, objective, how)
     kept = torch.tensor([token not in unwanted for token in written.tokens[:, 0].tolist()])
     expected = written.gradient_of((written.q.exp() * (written.q - written.p)).sum(-1)[kept].mean())

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from conftest import CHAT_END, END, make_model, make_rollouts
 from poweropd.batching import collate
-from poweropd.models import hidden_states
 from poweropd.objectives import OBJECTIVES, Objective, build
 from poweropd.policy import Student
+from poweropd.rollout.engine import Sampling
+from poweropd.rollout.hf import HFEngine
 from poweropd.teacher.ensemble import MixtureTeacher, RoutedTeacher
 from poweropd.teacher.hf import HFTeacher
 from poweropd.teacher.scorer import TeacherScorer, judge
@@ -22,22 +24,31 @@ from poweropd.update import GradientResult, MicroBatches, accumulate_gradient
 LENGTHS = [(3, 9), (7, 2), (1, 1), (5, 14), (2, 6)]
 
 
+def built(text: str) -> Objective:
+    """From `name setting=value ...`."""
+    name, *settings = text.split()
+    pairs = (setting.split("=") for setting in settings)
+    return build(name, **{key: float(value) if value[0].isdigit() else value for key, value in pairs})
+
+
 def gradient_of(
     student: Student,
     teacher: TeacherScorer,
     rollouts: list[Rollout],
     objective: Objective | str,
     tokens: int = 10_000,
+    version: int | None = None,
     **settings: Any,
 ) -> tuple[GradientResult, Tensor]:
     """The frozen initial student is another random model here, so that its KL is not zero."""
-    objective = build(objective) if isinstance(objective, str) else objective
+    objective = built(objective) if isinstance(objective, str) else objective
     student.optimizer.zero_grad()
     reference = None
     if objective.needs_of_reference != "nothing":
         reference = HFTeacher(make_model(hidden_size=20, seed=7), vocab_size=512)
     scored = judge(rollouts, objective, teacher, reference)
-    result = accumulate_gradient(student, scored, objective, MicroBatches(tokens=tokens, pad_id=0, **settings))
+    how = MicroBatches(tokens=tokens, **settings)
+    result = accumulate_gradient(student, scored, objective, how, version=version)
     return result, torch.cat([p.grad.flatten() for p in student.model.parameters() if p.grad is not None])
 
 
@@ -60,7 +71,7 @@ def teacher() -> HFTeacher:
 def test_the_gradient_does_not_depend_on_micro_batches(
     name: str, make_student: Callable[..., Student], teacher: HFTeacher
 ) -> None:
-    """Ragged lengths, so that padding differs between the splits too."""
+    """Ragged lengths, so that the splits differ in what stands together."""
     student, rollouts = make_student(), make_rollouts(LENGTHS)
     whole, gradient = gradient_of(student, teacher, rollouts, name)
     for tokens in (1, 20, 40):
@@ -116,8 +127,7 @@ def test_two_teachers_give_the_sum_of_their_gradients(
         replace(rollout, prompt=replace(rollout.prompt, teacher=owner))
         for rollout, owner in zip(make_rollouts(LENGTHS), owners, strict=True)
     ]
-    row, *settings = name.split()
-    objective = build(row, **dict(setting.split("=") for setting in settings))
+    objective = built(name)
     _, gradient = gradient_of(student, RoutedTeacher(by_name), rollouts, objective, tokens)
     total = sum(map(len, rollouts))
     expected = torch.zeros_like(gradient)
@@ -138,19 +148,34 @@ def test_a_mixtures_gradient_equals_plain_autograd(make_student: Callable[..., S
     assert (gradient - expected).norm() <= 1e-4 * expected.norm()
 
 
-def test_what_lies_outside_the_loss_mask_changes_nothing(make_student: Callable[..., Student]) -> None:
-    """NaN in every masked place of the batch: the loss positions never see them."""
-    student = make_student()
-    batch = collate([ScoredRollout(rollout) for rollout in make_rollouts(LENGTHS)], pad_id=0)
-    hidden = torch.randn(*batch.input_ids.shape, 4)
-    poisoned = hidden.masked_fill(~batch.loss_mask.bool()[..., None], torch.nan)
-    assert torch.equal(batch.loss_positions(poisoned), batch.loss_positions(hidden))
-    pads = batch.attention_mask == 0
-    other = torch.where(pads, 77, batch.input_ids)
-    torch.testing.assert_close(
-        batch.loss_positions(hidden_states(student.model, other, batch.attention_mask)),
-        student.hidden_at_loss(batch),
-    )
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])  # packed, and padded
+def test_hidden_states_at_loss_are_those_of_each_rollout_alone(
+    attention: str, make_student: Callable[..., Student]
+) -> None:
+    model = make_model()
+    model.set_attn_implementation(attention)
+    rollouts = make_rollouts(LENGTHS)
+    alone = []
+    for rollout in rollouts:
+        ids = torch.tensor([rollout.prompt.prompt_ids + rollout.response_ids])
+        start = len(rollout.prompt.prompt_ids) - 1
+        alone.append(model.base_model(input_ids=ids).last_hidden_state[0, start:-1])
+    student = make_student(model)
+    assert student.packed == (attention == "sdpa")
+    got = student.hidden_at_loss(collate([ScoredRollout(rollout) for rollout in rollouts]))
+    torch.testing.assert_close(got, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def positions_seen(model: PreTrainedModel) -> list[int]:
+    """Grows by the positions, padding included, of every forward from now on."""
+    seen: list[int] = []
+    model.base_model.norm.register_forward_hook(lambda _module, _args, out: seen.append(out.shape[:-1].numel()))
+    return seen
+
+
+def fed(rollouts: list[Rollout]) -> int:
+    """Tokens that a model must see to judge every response token."""
+    return sum(len(rollout.prompt.prompt_ids) + len(rollout) - 1 for rollout in rollouts)
 
 
 @pytest.mark.parametrize(
@@ -160,18 +185,62 @@ def test_what_lies_outside_the_loss_mask_changes_nothing(make_student: Callable[
 def test_forwards_per_trained_token(
     name: str, student_forwards: int, teacher_forwards: int, make_student: Callable[..., Student], teacher: HFTeacher
 ) -> None:
-    student = make_student()
-    seen = {"student": 0, "teacher": 0}
-    rollouts = make_rollouts([(4, 6)] * 3)
-    positions = sum(len(r.prompt.prompt_ids) + len(r) - 1 for r in rollouts)
-    for key, model in (("student", student.model), ("teacher", teacher._model)):
-
-        def count(_module: object, _args: object, kwargs: dict, _out: object, key: str = key) -> None:
-            seen[key] += kwargs["input_ids"].numel()
-
-        model.base_model.register_forward_hook(count, with_kwargs=True)
+    student, rollouts = make_student(), make_rollouts(LENGTHS)
+    by_student, by_teacher = positions_seen(student.model), positions_seen(teacher._model)
     gradient_of(student, teacher, rollouts, name)
-    assert seen == {"student": student_forwards * positions, "teacher": teacher_forwards * positions}
+    assert sum(by_student) == student_forwards * fed(rollouts)
+    assert sum(by_teacher) == teacher_forwards * fed(rollouts)
+
+
+def sampled_rollouts(model: PreTrainedModel) -> list[Rollout]:
+    """The student's own: two answers to each of three prompts."""
+    prompts = [rollout.prompt for rollout in make_rollouts([(3, 1), (6, 1), (1, 1)])]
+    sampling = Sampling(stop_ids=(END,), max_new_tokens=12, samples_per_prompt=2)
+    return HFEngine(model, vocab_size=512, pad_id=END).generate(prompts, sampling, seed=5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "zscore",
+        "power normalize=zscore",
+        "power normalize=sign_max_abs baseline=leave_one_out",
+        "log_ratio discount=0.9",
+        "log_ratio normalize=zscore discount=0.5 reference_kl=0.1 reference_kl_form=k1_reward",
+        "power normalize=zscore reference_kl=0.1 reference_kl_form=full",
+    ],
+)
+def test_rollouts_tell_what_a_forward_would(
+    name: str, make_student: Callable[..., Student], teacher: HFTeacher
+) -> None:
+    student, objective = make_student(), built(name)
+    rollouts = sampled_rollouts(student.model)
+    seen = positions_seen(student.model)
+    slow, gradient = gradient_of(student, teacher, rollouts, objective, tokens=30)
+    assert sum(seen) == 2 * fed(rollouts)
+    seen.clear()
+    fast, other = gradient_of(student, teacher, rollouts, objective, tokens=30, version=0, rollouts_tell=True)
+    assert sum(seen) == fed(rollouts)
+    assert (other - gradient).norm() <= 1e-5 * gradient.norm()
+    for mine, theirs in zip(fast.terms, slow.terms, strict=True):
+        torch.testing.assert_close(mine.advantages, theirs.advantages, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("why", ["entropies", "exact baseline", "another version", "untold", "teacher", "reshaped"])
+def test_rollouts_that_do_not_tell_cost_a_forward(
+    why: str, make_student: Callable[..., Student], teacher: HFTeacher
+) -> None:
+    student = make_student()
+    rollouts = sampled_rollouts(student.model)
+    name = {"entropies": "reopold", "exact baseline": "power baseline=exact normalize=zscore"}.get(why, "zscore")
+    if why == "untold":
+        rollouts[2] = replace(rollouts[2], rollout_logprobs=(*rollouts[2].rollout_logprobs[:-1], float("nan")))
+    if why == "teacher":
+        rollouts[1] = replace(rollouts[1], source="teacher")
+    seen = positions_seen(student.model)
+    version, tell = 1 if why == "another version" else 0, why != "reshaped"
+    gradient_of(student, teacher, rollouts, built(name), version=version, rollouts_tell=tell)
+    assert sum(seen) == 2 * fed(rollouts)
 
 
 def test_only_response_positions_reach_the_heads(

@@ -97,10 +97,10 @@ def assemble(recipe: Recipe) -> Parts:
         reference=_reference(recipe, pair) if objective.needs_of_reference != "nothing" else None,
         how=MicroBatches(
             tokens=recipe.train.tokens_per_micro_batch,
-            pad_id=pair.pad_id,
             masked_end_ids=pair.end_tokens.masked_ids,
             masked_ids=_single_ids(recipe.objective.masked_tokens, pair.tokenizer, "objective.masked_tokens"),
             importance_cap=rollout.importance_cap if rollout.importance == "token" else None,
+            rollouts_tell=sampling.is_plain,  # the engines compute in the student's precision
         ),
         stream=PromptStream(prompts, seed=recipe.train.seed),
         sampling=sampling,

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from poweropd.errors import ModelError
 from poweropd.objectives.lm_head import LMHead, head_logits
+from poweropd.packing import packed_hidden_states, padded_hidden_states, takes_packs
 
 UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)  # what loading may raise
 EMBEDDED = "quickstart:"  # `quickstart:student` and `quickstart:teacher` name the embedded pair
@@ -151,9 +152,17 @@ def lm_head(model: PreTrainedModel, *, vocab_size: int, end_ids: tuple[int, ...]
     )
 
 
-def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Last hidden states [B, T, H], after the final norm, of right-padded rows [B, T]."""
-    return model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+def hidden_states(model: PreTrainedModel, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Last hidden states [S, H], after the final norm, of rows that lie end to end.
+
+    Args:
+        input_ids: [S].
+        lengths: of the rows; they sum to S.
+    """
+    if not lengths:
+        return input_ids.new_empty((0, model.config.get_text_config().hidden_size), dtype=model.dtype)
+    compute = packed_hidden_states if takes_packs(model) else padded_hidden_states
+    return compute(model, input_ids, lengths)
 
 
 @torch.no_grad()
@@ -166,7 +175,7 @@ def _check_halves(model: PreTrainedModel, name: str) -> None:
     expected = model(input_ids=ids, use_cache=False).logits[0].float()
     if not expected.isfinite().all():
         raise ModelError(f"{name!r} gives logits that are not finite: its weights are spoilt. Use another copy")
-    hidden = hidden_states(model, ids, torch.ones_like(ids))[0]
+    hidden = hidden_states(model, ids[0], ids.shape[1:])
     got = head_logits(hidden, lm_head(model, vocab_size=expected.shape[-1]))
     if not torch.allclose(got, expected, rtol=HEAD_TOLERANCE, atol=HEAD_TOLERANCE * expected.abs().max().item()):
         raise ModelError(

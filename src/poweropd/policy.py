@@ -1,6 +1,8 @@
 """The student: hidden states, LM head, optimizer step, save. Where it runs and in what precision stays in here."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from poweropd.models import compute_precision, hidden_states, lm_head, no_progress_bars
 from poweropd.objectives.lm_head import LMHead
+from poweropd.packing import enable_packing
 from poweropd.sections import OptimizerConfig
 from poweropd.types import TokenBatch, UpdateResult
 
@@ -27,6 +30,9 @@ class Student:
     """The model that is trained.
 
     It stays in eval mode: dropout would make the trained policy another one than the policy that sampled.
+
+    Attributes:
+        packed: whether its forward pass sees no padding; see `enable_packing`.
 
     Args:
         model: fp32 weights.
@@ -47,23 +53,26 @@ class Student:
         precision: torch.dtype = torch.float32,
         gradient_checkpointing: bool = False,
     ) -> None:
-        self.model = model
+        self.model = model.eval()
         self.tokenizer = tokenizer
         self._config = config
         self._steps = steps
         self._vocab_size = vocab_size
         self._end_ids = end_ids
         self._precision = precision
-        self._checkpointing = gradient_checkpointing
+        self.packed = enable_packing(model)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+        embedding = model.get_input_embeddings()
+        self._lookup = embedding if type(embedding) is torch.nn.Embedding and embedding.weight.requires_grad else None
         self.optimizer = torch.optim.AdamW(
             [parameter for parameter in model.parameters() if parameter.requires_grad],
             lr=config.lr,
             betas=config.betas,
             eps=config.eps,
             weight_decay=config.weight_decay,
-            foreach=True,
+            fused=True,  # the other ways make temporaries as large as the parameters
         )
 
     @property
@@ -75,12 +84,29 @@ class Student:
         return lm_head(self.model, vocab_size=self._vocab_size, end_ids=self._end_ids)
 
     def hidden_at_loss(self, batch: TokenBatch) -> Tensor:
-        """Last hidden states [N, H] that predict the loss tokens of a batch, with their graph."""
-        self.model.train(self._checkpointing and torch.is_grad_enabled())  # checkpointing needs train mode
-        with compute_precision(self.device, self._precision):
-            every_hidden = hidden_states(self.model, batch.input_ids, batch.attention_mask)
-        self.model.eval()
-        return batch.loss_positions(every_hidden)
+        """Last hidden states [N, H] that predict the loss tokens of a batch, in the precision of matmuls, with their graph."""
+        with self._lean_backward(), compute_precision(self.device, self._precision):
+            every_hidden = hidden_states(self.model, batch.input_ids, batch.lengths)
+        return every_hidden.index_select(0, batch.loss_positions).to(self._precision)
+
+    @contextmanager
+    def _lean_backward(self) -> Iterator[None]:
+        """For a forward pass whose backward pass is to recompute activations, if so configured, and to add to the rows of
+        the embedding that were looked up alone, not a gradient of the whole vocabulary."""
+        on = torch.is_grad_enabled()
+        if on and self._lookup is not None and self._lookup.weight.grad is None:
+            self._lookup.weight.grad = torch.zeros_like(self._lookup.weight)  # what is sparse is added in place to it
+        self._set_lean(on=on)
+        try:
+            yield
+        finally:
+            self._set_lean(on=False)
+
+    def _set_lean(self, *, on: bool) -> None:
+        for layer in self._checkpointed:
+            layer.training = on  # that recomputes; its parts, which may drop out, stay as they are
+        if self._lookup is not None:
+            self._lookup.sparse = on
 
     def gradient_norm(self) -> float:
         """Global norm of the gradient as it stands; not finite if any entry is not."""

@@ -52,9 +52,8 @@ class StepStatistics:
     ) -> None:
         self._objective = objective
         self._signal = signal_of(objective)
-        reshaped = sampling.temperature != 1 or sampling.top_k or sampling.top_p < 1 or sampling.min_p > 0
-        self._is_full_softmax = not reshaped
-        self._is_on_policy = not reshaped and all(rollout.source == "student" for rollout in rollouts)
+        self._is_full_softmax = sampling.is_plain
+        self._is_on_policy = sampling.is_plain and all(rollout.source == "student" for rollout in rollouts)
         self._detailed = detailed
         bins = POSITION_BINS if detailed else 0
         self._keys: tuple[str, ...] = ()

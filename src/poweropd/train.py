@@ -160,7 +160,9 @@ class _Training:
                 in_detail = step % log.rollouts_every == 0 or done == config.steps
                 seen = StepStatistics(objective, rollouts, parts.sampling, device=device, detailed=in_detail)
                 keep = log.rollouts if in_detail else 0
-                result = accumulate_gradient(parts.student, scored, objective, parts.how, watch=seen.add, keep=keep)
+                result = accumulate_gradient(
+                    parts.student, scored, objective, parts.how, version=step, watch=seen.add, keep=keep
+                )
                 golden = self._add_golden_answers(prompts, objective)
                 grad_norm = parts.student.gradient_norm()
                 guards.refuse_non_finite(result, grad_norm, rollouts, tokenizer, step)

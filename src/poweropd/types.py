@@ -2,14 +2,14 @@
 
 Three rules, enforced where the data is built (`batching.collate`):
 
-1. Alignment. Index t of every per-token tensor speaks of `target_ids[:, t]`.
+1. Alignment. Index n of every per-token tensor speaks of `target_ids[n]`, which `loss_positions[n]` predicts.
 2. Normalisation. A loss is a sum over loss tokens, divided once by their count over the whole optimizer step.
 3. Log-probabilities. `rollout_logprobs` are those of the distribution that was sampled from (after temperature, top-k,
    top-p, min-p); `student_logprobs` and `teacher_logprobs` are full-softmax, at temperature 1, fp32.
 """
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class Rollout:
         sample: which of the prompt's samples this is.
         policy_version: optimizer steps taken by the weights that sampled it.
         source: who wrote it. The `rollout_logprobs` are those of the distribution sampled from, whoever's it is; of a
-            golden answer they are 0, because nothing was sampled.
+            golden answer they are 0, because nothing was sampled, and NaN where the engine cannot tell.
     """
 
     prompt: Prompt
@@ -103,30 +103,30 @@ class ScoredRollout:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Rollouts as tensors, right-padded: B rollouts, T positions, N = loss_mask.sum() loss tokens.
+    """Rollouts as tensors, end to end: S tokens that are fed to a model, N loss tokens.
 
-    Example: prompt (1, 2), response (3, 0), padded to T = 4::
+    Example: prompt (1, 2), response (3, 0), then prompt (4), response (5)::
 
-        input_ids      1 2 3 0        the last token of a row predicts nothing and is not fed
-        target_ids     2 3 0 0
-        response_mask  0 1 1 0        1 where the target was generated
-        loss_mask      0 1 1 0        1 where it is trained on
+        input_ids          1 2 3 4    the last token of a row predicts nothing and is not fed
+        lengths            3, 1
+        loss_positions     1 2 3      where the loss tokens are predicted
+        inputs.target_ids  3 0 5      the loss tokens
+        rows, places       0 0 1, 0 1 0
 
     Attributes:
-        attention_mask: [B, T], 1 on tokens.
-        inputs: what is known of the N loss tokens, in row-major order of `loss_mask`.
+        input_ids: [S].
+        lengths: of the rows; they sum to S.
+        loss_positions: [N], among the S.
+        inputs: what is known of the loss tokens.
         rows: [N], the row of each loss token.
         places: [N], its place in the response, from 0.
         ends: [N] bool, whether a response stopped with it.
-        own_logprobs: [N], the sampler's log-probability of it, where the student itself was the sampler and did not stop
-            with it, since merged end tokens have no counterpart in a sampler; else NaN.
+        own_logprobs: [N], the sampler's log-probability of it, where the student itself was the sampler and told; else NaN.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
-    target_ids: Tensor
-    response_mask: Tensor
-    loss_mask: Tensor
+    lengths: tuple[int, ...]
+    loss_positions: Tensor
     inputs: TokenInputs
     rows: Tensor
     places: Tensor
@@ -137,12 +137,10 @@ class TokenBatch:
     def num_loss_tokens(self) -> int:
         return len(self.inputs)
 
-    def loss_positions(self, per_token: Tensor) -> Tensor:
-        """The entries of a `[B, T, ...]` tensor at loss tokens: `[N, ...]`, row-major."""
-        return per_token[self.loss_mask.bool()]
-
     def to(self, device: torch.device | str) -> Self:
-        moved = {f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        moved: dict[str, Any] = {
+            f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+        }
         return replace(self, inputs=self.inputs.to(device), **moved)
 
 

@@ -112,13 +112,18 @@ class Objective:
 
     @property
     def needs_whole_step(self) -> bool:
-        """Whether the advantage of one token depends on other tokens: it costs one more student forward."""
+        """Whether the advantage of one token depends on other tokens."""
         return bool(
             self.row.select
             or self._number("discount")
             or self.settings.get("normalize", "none") != "none"
             or self.settings.get("baseline") == "leave_one_out"
         )
+
+    @property
+    def shapes_by_logprobs_alone(self) -> bool:
+        """Whether `shape` looks at log-probabilities of sampled tokens and at nothing else of the student."""
+        return self.estimator == "sampled" and not self.looks_at_student and self.row.select is None
 
     @property
     def k(self) -> int:

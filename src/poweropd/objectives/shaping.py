@@ -67,12 +67,15 @@ def sign_max_abs(rewards: Tensor) -> Tensor:
 
 def discounted_future(rewards: Tensor, rollouts: Tensor, discount: float) -> Tensor:
     """`F_t = sum_{s > t} discount^(s - t) r_s` within each rollout; the token's own reward is not in it."""
-    values, owners = rewards.double().tolist(), rollouts.tolist()
-    future = [0.0] * len(values)
-    for t in range(len(values) - 2, -1, -1):
-        if owners[t] == owners[t + 1]:
-            future[t] = discount * (values[t + 1] + future[t + 1])
-    return rewards.new_tensor(future)
+    # sums[t] holds the discounted rewards of t and the `reach - 1` tokens after it; each round doubles the reach.
+    sums, reach = rewards.to(torch.float64, copy=True), 1
+    while reach < len(rewards):
+        follows = rollouts[reach:] == rollouts[:-reach]
+        sums[:-reach] += torch.where(follows, discount**reach * sums[reach:], 0.0)
+        reach *= 2
+    future = torch.zeros_like(sums)
+    future[:-1] = torch.where(rollouts[1:] == rollouts[:-1], discount * sums[1:], 0.0)
+    return future.to(rewards.dtype)
 
 
 def leave_one_out(rewards: Tensor, rollouts: Tensor, prompts: Tensor) -> Tensor:

@@ -29,6 +29,11 @@ class Sampling:
     min_p: float = 0.0
     samples_per_prompt: int = 1
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether tokens are drawn from the whole softmax at temperature 1."""
+        return self.temperature == 1 and not self.top_k and self.top_p >= 1 and self.min_p <= 0
+
 
 class RolloutEngine(Protocol):
     """Gives responses to train on: drawn from the current student, from its teacher, or taken from the data."""

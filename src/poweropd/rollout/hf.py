@@ -3,13 +3,14 @@
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from poweropd.models import lm_head, weights_fingerprint
-from poweropd.objectives.lm_head import head_logits
+from poweropd.objectives.lm_head import LMHead, head_logits
 from poweropd.rollout.batch import Answer, Batch, Request
 from poweropd.rollout.decoding import Decoder, Decoding
 from poweropd.rollout.engine import Sampling
@@ -78,7 +79,7 @@ class HFEngine:
         rows = min(self._sequences_per_batch, len(waiting))
         tokens = len(waiting[0].prompt.prompt_ids) + sampling.max_new_tokens
         decodings = [decoder.start(rows=rows, tokens=tokens) for decoder in self._decoders]
-        heads = [lm_head(each, vocab_size=self._vocab_size, end_ids=self._end_ids) for each in self._models]
+        heads = [self._head(model) for model in self._models]
         batch = Batch(rows, sampling, seed, self._models[0].device)
         rollouts: dict[int, Rollout] = {}
         while waiting or len(batch):
@@ -89,7 +90,7 @@ class HFEngine:
                 hidden = _admit(decodings, requests)
             else:
                 hidden = [decoding.step(batch.last_ids) for decoding in decodings]
-            logits = [head_logits(each.to(head.weight.dtype), head) for each, head in zip(hidden, heads, strict=True)]
+            logits = [head_logits(each.to(self._precision), head) for each, head in zip(hidden, heads, strict=True)]
             batch.draw(mix(logits, self._shares))
             answers, move = batch.take_ended()
             rollouts |= {answer.request.place: self._rollout(answer, sampling) for answer in answers}
@@ -97,6 +98,10 @@ class HFEngine:
                 for decoding in decodings:
                     decoding.keep(move)
         return [rollouts[place] for place in range(len(pairs))]
+
+    def _head(self, model: PreTrainedModel) -> LMHead:
+        head = lm_head(model, vocab_size=self._vocab_size, end_ids=self._end_ids)
+        return replace(head, weight=head.weight.to(self._precision))
 
     def _room_needed(self, rows: int, waiting: int, decodings: Sequence[Decoding]) -> float:
         """Free rows at which those that wait are let in."""

@@ -21,7 +21,7 @@ class MixtureTeacher:
     Args:
         members: with heads of one `vocab_size` and `end_ids`, on one device.
         weights: share of each, positive, summing to 1.
-        tokens_per_batch: padded tokens whose hidden states are held at a time, where numbers are asked for.
+        tokens_per_batch: tokens whose hidden states are held at a time, where numbers are asked for.
 
     Raises:
         ValueError: a member does not give whole distributions.
@@ -44,7 +44,7 @@ class MixtureTeacher:
         if needs == "full":
             return [TeacherScores(distribution=distribution) for distribution in self._distributions(rollouts)]
         scores: dict[int, TeacherScores] = {}
-        for group in group_by_tokens(rollouts, self._tokens_per_batch):
+        for group in group_by_tokens(rollouts, self._tokens_per_batch, packed=True):
             asked = [rollouts[index] for index in group]
             for index, rollout, distribution in zip(group, asked, self._distributions(asked), strict=True):
                 target_ids = torch.tensor(rollout.response_ids, device=distribution.hidden[0].device)
