@@ -19,6 +19,7 @@ PREFILL_TOKENS = 4096  # padded tokens of prompts run at once
 CHECKED = (7, 3, 1, 5)  # tokens of the prompts on which a lean decoding is compared with transformers
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest hidden state
 TOLERANCE_OF_FULL = 1e-3
+CACHED_WEIGHTS = 2**20  # of a matrix that a CPU need not read from memory each time
 GPU_WIDTH = 256  # see `LeanDecoding._shape`
 
 
@@ -49,6 +50,14 @@ class Decoding(Protocol):
         ...
 
 
+def rows_of_product(rows: int, weights: int) -> int:
+    """With how many rows a CPU multiplies `rows` rows fastest with a matrix of so many weights.
+
+    Of less than 16 rows it takes a few at a time, and reads the matrix from memory for each few again.
+    """
+    return 16 if 6 < rows < 16 and weights > CACHED_WEIGHTS else rows
+
+
 class LeanDecoding:
     """Runs a `Llama` with a `KeyValueCache`.
 
@@ -64,6 +73,7 @@ class LeanDecoding:
     def __init__(self, model: PreTrainedModel, *, precision: torch.dtype, rows: int, tokens: int) -> None:
         self._llama = Llama(model, precision=precision, tokens=tokens)
         llama = self._llama
+        rows = rows_of_product(rows, llama.weights)
         self._cache = KeyValueCache(
             layers=len(llama.layers),
             rows=rows,
@@ -127,7 +137,7 @@ class LeanDecoding:
         if self._ids.is_cuda:
             rows = min(1 << (self._rows - 1).bit_length(), len(self._ids))
             return rows, min(-(-self._longest // GPU_WIDTH) * GPU_WIDTH, self._cache.capacity)
-        return self._rows, self._longest
+        return rows_of_product(self._rows, self._llama.weights), self._longest
 
     def _decode(self, rows: int, width: int) -> Tensor:
         """Hidden states [rows, H] of `self._ids`, each put at the end of its slot; none is longer than `width` with it."""

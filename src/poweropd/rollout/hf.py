@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from poweropd.models import lm_head, weights_fingerprint
 from poweropd.objectives.lm_head import LMHead, head_logits
 from poweropd.rollout.batch import Answer, Batch, Request
-from poweropd.rollout.decoding import Decoder, Decoding
+from poweropd.rollout.decoding import Decoder, Decoding, rows_of_product
 from poweropd.rollout.engine import Sampling
 from poweropd.rollout.sampling import mix
 from poweropd.types import FinishReason, Prompt, Rollout, Source
@@ -90,7 +91,7 @@ class HFEngine:
                 hidden = _admit(decodings, requests)
             else:
                 hidden = [decoding.step(batch.last_ids) for decoding in decodings]
-            logits = [head_logits(each.to(self._precision), head) for each, head in zip(hidden, heads, strict=True)]
+            logits = [_logits(*each) for each in zip(hidden, heads, strict=True)]
             batch.draw(mix(logits, self._shares))
             answers, move = batch.take_ended()
             rollouts |= {answer.request.place: self._rollout(answer, sampling) for answer in answers}
@@ -130,3 +131,11 @@ def _admit(decodings: Sequence[Decoding], requests: Sequence[Request]) -> list[T
     places = {prompt: place for place, prompt in enumerate(prompts)}
     which = [places[request.prompt.prompt_ids] for request in requests]
     return [decoding.admit(prompts, which) for decoding in decodings]
+
+
+def _logits(hidden: Tensor, head: LMHead) -> Tensor:
+    """[rows, V]. In the precision of the head, so that its weights are never copied."""
+    rows = len(hidden)
+    if not hidden.is_cuda:
+        hidden = F.pad(hidden, (0, 0, 0, rows_of_product(rows, head.weight.numel()) - rows))
+    return head_logits(hidden.to(head.weight.dtype), head)[:rows]

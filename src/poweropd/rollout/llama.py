@@ -134,6 +134,7 @@ class Llama:
         self.query_heads = attention.q_proj.out_features // self.head_size
         self.key_heads = attention.k_proj.out_features // self.head_size
         self.scale: float = attention.scaling
+        self.weights: int = base.layers[0].mlp.gate_proj.weight.numel()  # of one matrix
         self._fused = self.dtype != model.dtype or model.num_parameters() <= FUSED_PARAMETERS
         self._embedding = base.embed_tokens.weight.detach()
         self._norm = self._read_norm(base.norm)
