@@ -4,13 +4,15 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
-PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PEERS := .venv-peers
+INSTALL := python -m pip install --quiet --disable-pip-version-check
+PIP = $(BIN)/$(INSTALL) --constraint constraints.txt
 # Tests spend their time in processes of one thread each, so a second core nearly halves it.
 PARALLEL = --numprocesses auto --maxprocesses 4 --dist worksteal
 # One busy core beside ours makes OpenMP's default spinning many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: quickstart test test-all lint docs clean
+.PHONY: quickstart test test-all lint docs benchmark clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/poweropd quickstart
@@ -25,7 +27,7 @@ lint: $(VENV)/.tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy benchmarks/*.py
+	$(BIN)/mypy benchmarks
 	$(BIN)/lint-imports
 
 OLD_PYTHON = poweropd needs Python 3.11 or newer, this is %d.%d; try for example: make PYTHON=python3.12 quickstart
@@ -45,5 +47,16 @@ $(VENV)/.tested: $(VENV)/.installed
 docs: $(VENV)/.installed
 	$(BIN)/poweropd objectives --markdown > docs/objectives.md
 
+# Other trainers in an environment of their own, with the same torch; then everything is measured side by side.
+benchmark: $(VENV)/.installed $(PEERS)/.installed
+	$(BIN)/python benchmarks/run.py $(if $(FULL),--full)
+
+$(PEERS)/.installed: benchmarks/peers/constraints.txt $(VENV)/.installed
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/$(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) \
+		torch==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))')
+	$(PEERS)/bin/$(INSTALL) --constraint benchmarks/peers/constraints.txt trl
+	touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(PEERS)

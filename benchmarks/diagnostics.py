@@ -25,13 +25,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerBase
 
 from poweropd.assembly import assemble
 from poweropd.config import load_recipe
 from poweropd.diagnostics import rollout_metrics, rollout_records
 from poweropd.models import load_tokenizer
-from poweropd.objectives import Objective, build
+from poweropd.objectives import Objective
+from poweropd.objectives import build as objective_named
 from poweropd.objectives.lm_head import BLOCK_ELEMENTS, likeliest
 from poweropd.policy import Student
 from poweropd.rollout.engine import RolloutEngine, Sampling
@@ -42,9 +43,10 @@ from poweropd.teacher.hf import HFTeacher
 from poweropd.teacher.scorer import TeacherScorer, judge
 from poweropd.types import Prompt, Rollout, ScoredRollout
 from poweropd.update import MicroBatches, accumulate_gradient
+from suite import shapes as models
 
 ROOT = Path(__file__).parents[1]
-VOCABULARY, HIDDEN, TEACHER_HIDDEN = 32_000, 256, 512
+RANDOM = models.Shape("random weights", 32_000, models.Size(256, 4), models.Size(512, 4))
 ROLLOUTS, PROMPT_TOKENS, RESPONSE_TOKENS = 16, 64, 256
 KEPT = 4  # rollouts that are logged token by token
 
@@ -80,38 +82,24 @@ def quickstart(seed: int) -> Shape:
 def random_weights(seed: int) -> Shape:
     torch.manual_seed(seed)
     tokenizer = load_tokenizer("quickstart:student")
-    student_model, teacher_model = (_model(size) for size in (HIDDEN, TEACHER_HIDDEN))
-    student = Student(student_model, tokenizer, OptimizerConfig(), vocab_size=VOCABULARY, end_ids=(), steps=100)
+    student_model, teacher_model = models.build(RANDOM, "student"), models.build(RANDOM, "teacher")
+    student = Student(student_model, tokenizer, OptimizerConfig(), vocab_size=RANDOM.vocabulary, end_ids=(), steps=100)
 
     def prompts(step: int) -> Sequence[Prompt]:
-        ids = torch.randint(VOCABULARY, (ROLLOUTS, PROMPT_TOKENS)).tolist()
+        ids = torch.randint(RANDOM.vocabulary, (ROLLOUTS, PROMPT_TOKENS)).tolist()
         return [Prompt(f"{step}-{index}", tuple(own)) for index, own in enumerate(ids)]
 
     return Shape(
         "random weights",
         student,
-        HFTeacher(teacher_model, vocab_size=VOCABULARY),
-        HFEngine(student_model, vocab_size=VOCABULARY, pad_id=0),
+        HFTeacher(teacher_model, vocab_size=RANDOM.vocabulary),
+        HFEngine(student_model, vocab_size=RANDOM.vocabulary, pad_id=0),
         prompts,
         Sampling(stop_ids=(0,), max_new_tokens=RESPONSE_TOKENS),
         tokenizer,
         MicroBatches(tokens=2048),
-        VOCABULARY,
+        RANDOM.vocabulary,
     )
-
-
-def _model(hidden: int) -> Qwen3ForCausalLM:
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=4,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 64,
-        head_dim=64,
-        initializer_range=0.1,
-    )
-    return Qwen3ForCausalLM(config).eval()
 
 
 class Stopwatch:
@@ -223,7 +211,7 @@ def main() -> None:
     for make in (quickstart, random_weights):
         shape = make(args.seed)
         for name in ("power", "reverse_kl"):
-            got = measure(shape, build(name), args.pairs, args.seed)
+            got = measure(shape, objective_named(name), args.pairs, args.seed)
             results.append(got)
             ratio, seconds = got["ratio"], got["seconds"]
             assert isinstance(ratio, dict)

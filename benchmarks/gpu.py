@@ -35,10 +35,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from gpu_kernels import check_kernels, machine_of, matmul_rate
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
+from gpu_kernels import check_kernels, machine_of, matmul_rate
 from poweropd.models import compute_precision, load_tokenizer
 from poweropd.objectives import Objective, build
 from poweropd.policy import Student
