@@ -95,7 +95,7 @@ def random_weights(seed: int) -> Shape:
         prompts,
         Sampling(stop_ids=(0,), max_new_tokens=RESPONSE_TOKENS),
         tokenizer,
-        MicroBatches(tokens=2048, pad_id=0),
+        MicroBatches(tokens=2048),
         VOCABULARY,
     )
 

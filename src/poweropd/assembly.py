@@ -158,6 +158,7 @@ def _sampler(
         sequences_per_batch=recipe.rollout.sequences_per_batch,
         source=source,
         mixed_in=mixed_in,
+        end_ids=pair.end_tokens.merged_ids,
     )
 
 

@@ -84,10 +84,10 @@ class Student:
         return lm_head(self.model, vocab_size=self._vocab_size, end_ids=self._end_ids)
 
     def hidden_at_loss(self, batch: TokenBatch) -> Tensor:
-        """Last hidden states [N, H] that predict the loss tokens of a batch, with their graph."""
+        """Last hidden states [N, H] that predict the loss tokens of a batch, in the precision of matmuls, with their graph."""
         with self._lean_backward(), compute_precision(self.device, self._precision):
             every_hidden = hidden_states(self.model, batch.input_ids, batch.lengths)
-        return every_hidden.index_select(0, batch.loss_positions)
+        return every_hidden.index_select(0, batch.loss_positions).to(self._precision)
 
     @contextmanager
     def _lean_backward(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from poweropd.objectives import Objective
-from poweropd.objectives.fused import LossTerms
+from poweropd.objectives.sweeps import LossTerms
 from poweropd.rollout.engine import Sampling
 from poweropd.streaming import QUANTILES, Moments, Plane, QuantileSketch, Streaming
 from poweropd.types import Rollout, TokenBatch

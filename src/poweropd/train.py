@@ -6,9 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
-from poweropd import checkpoint, guards
+from poweropd import checkpoint, cpu, guards
 from poweropd.assembly import assemble
 from poweropd.config import Recipe, label, load_recipe
 from poweropd.diagnostics import Clock, GradNorms, loss_metrics, rollout_metrics, rollout_records
@@ -106,8 +104,7 @@ class _Training:
         self._run = run
         self._observer = observer
         self._trackers = trackers
-        if recipe.train.threads is not None:
-            torch.set_num_threads(recipe.train.threads)
+        cpu.settle(recipe.train.threads)
         self._parts = assemble(recipe)
         self._guard = guards.CollapseGuard(recipe.guard)
         self._reference_kl = Coefficient.of(self._parts.objective.settings, "reference_kl")

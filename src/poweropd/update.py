@@ -9,11 +9,11 @@ from torch import Tensor
 
 from poweropd.batching import collate, group_by_tokens
 from poweropd.objectives import Objective
-from poweropd.objectives.fused import LossTerms
 from poweropd.objectives.loss import loss_of, unshaped_terms
 from poweropd.objectives.objective import Shaped
 from poweropd.objectives.positions import Positions
 from poweropd.objectives.shaping import StepTokens
+from poweropd.objectives.sweeps import LossTerms
 from poweropd.policy import Student
 from poweropd.types import ScoredRollout, TokenBatch
 
@@ -119,9 +119,7 @@ def accumulate_gradient(
     num_loss_tokens = sum(batch.num_loss_tokens for batch in batches)
     tell = how.rollouts_tell and all(item.rollout.policy_version == version for item in scored)
     shaped = _shape(student, batches, groups, scored, objective, rollouts_tell=tell)
-    loss = torch.zeros(
-        (), dtype=torch.float64, device=student.device
-    )  # read at the end: until then nothing waits for it
+    loss = torch.zeros((), dtype=torch.float64, device=student.device)  # read at the end: nothing waits for it before
     seen: list[tuple[list[int], TokenBatch, LossTerms]] = []
     terms: dict[int, RolloutTerms] = {}
     for group, batch, shape in zip(groups, batches, shaped, strict=True):
@@ -133,6 +131,7 @@ def accumulate_gradient(
             denominator=max(num_loss_tokens, 1) / weight,
             shaped=shape,
             importance_cap=how.importance_cap or torch.inf,
+            in_place=True,
         )
         found.loss.backward()
         found = found._replace(loss=found.loss.detach())

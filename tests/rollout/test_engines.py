@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 from conftest import CHAT_END, END, make_model, make_rollouts
 from fakes import FakeEngine
@@ -14,7 +15,7 @@ from poweropd.rollout.engine import RolloutEngine, Sampling
 from poweropd.rollout.golden import GoldenEngine
 from poweropd.rollout.hf import HFEngine
 from poweropd.rollout.sources import RoutedEngine, SourceEngine
-from poweropd.types import Prompt
+from poweropd.types import Prompt, Rollout
 
 SAMPLING = Sampling(stop_ids=(END, CHAT_END), max_new_tokens=12, samples_per_prompt=3)
 
@@ -36,8 +37,29 @@ def make_mixture(weight: float, **settings: object) -> HFEngine:
     return make_hf(make_model(), mixed_in=[(make_model(hidden_size=24, rows=520, seed=1), weight)], **settings)
 
 
+def make_gemma() -> PreTrainedModel:
+    """Not of the family that is decoded without transformers' modules: it is decoded by these, in turns."""
+    config = Gemma2Config(
+        vocab_size=512,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+        sliding_window=6,
+        eos_token_id=END,
+        pad_token_id=END,
+    )
+    return Gemma2ForCausalLM(config).eval()
+
+
 ENGINES: dict[str, Callable[[], RolloutEngine]] = {
     "hf": lambda: make_hf(make_model()),
+    "other architecture": lambda: make_hf(make_gemma()),
+    "a few at a time": lambda: make_hf(make_model(), sequences_per_batch=4),
     "mixture": lambda: make_mixture(0.3),
     "golden": GoldenEngine,
     "one source": lambda: SourceEngine({"student": make_hf(make_model())}, {"student": 1.0}),
@@ -78,17 +100,32 @@ def test_golden_answers_are_needed() -> None:
         GoldenEngine().generate([Prompt("bare", (1,))], SAMPLING, seed=0)
 
 
-def test_logprobs_are_those_of_the_full_softmax_when_nothing_reshapes_it(model: PreTrainedModel) -> None:
-    for rollout in make_hf(model).generate(make_prompts(), SAMPLING, seed=1):
-        ids = torch.tensor([rollout.prompt.prompt_ids + rollout.response_ids])
-        with torch.no_grad():
-            logprobs = model(input_ids=ids).logits[0].log_softmax(-1)
-        start = len(rollout.prompt.prompt_ids) - 1
-        expected = logprobs[range(start, start + len(rollout)), list(rollout.response_ids)]
+@torch.no_grad()
+def full_logprobs(model: PreTrainedModel, rollout: Rollout) -> Tensor:
+    """[T, 512] before each response token, by one forward pass of transformers."""
+    logits = model(input_ids=torch.tensor([rollout.prompt.prompt_ids + rollout.response_ids])).logits[0, :, :512]
+    start = len(rollout.prompt.prompt_ids) - 1
+    return logits[start : start + len(rollout)].log_softmax(-1)
+
+
+def chosen(logprobs: Tensor, rollout: Rollout) -> Tensor:
+    return logprobs[range(len(rollout)), list(rollout.response_ids)]
+
+
+@pytest.mark.parametrize("make", [make_model, make_gemma])
+@pytest.mark.parametrize("sequences", [5, 64])
+def test_logprobs_are_those_of_the_full_softmax_when_nothing_reshapes_it(
+    make: Callable[[], PreTrainedModel], sequences: int
+) -> None:
+    model = make()
+    for rollout in make_hf(model, sequences_per_batch=sequences).generate(make_prompts(), SAMPLING, seed=1):
+        expected = chosen(full_logprobs(model, rollout), rollout)
         torch.testing.assert_close(torch.tensor(rollout.rollout_logprobs), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_greedy_decoding_equals_that_of_transformers(model: PreTrainedModel) -> None:
+@pytest.mark.parametrize("make", [make_model, make_gemma])
+def test_greedy_decoding_equals_that_of_transformers(make: Callable[[], PreTrainedModel]) -> None:
+    model = make()
     prompts = make_prompts()
     ours = make_hf(model).generate(prompts, replace(SAMPLING, temperature=0, samples_per_prompt=1), seed=0)
     for prompt, rollout in zip(prompts, ours, strict=True):
@@ -104,20 +141,100 @@ def test_greedy_decoding_equals_that_of_transformers(model: PreTrainedModel) -> 
         assert rollout.response_ids == tuple(theirs[0, ids.shape[1] :].tolist())
 
 
-@pytest.mark.parametrize("mixing", [0.0, 0.3])
-def test_a_sample_does_not_depend_on_its_batch(mixing: float) -> None:
-    def engine(sequences: int) -> HFEngine:
-        settings = {"sequences_per_batch": sequences}
-        return make_mixture(mixing, **settings) if mixing else make_hf(make_model(), **settings)
+@pytest.mark.parametrize("kind", ["lean", "mixture", "other architecture", "mixture with another architecture"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("sequences", [3, 8])
+def test_a_sample_does_not_depend_on_its_batch(kind: str, temperature: float, sequences: int) -> None:
+    """Rows that end early leave, others come in their places: as if each had been alone."""
 
-    prompts = make_prompts()
-    together = engine(64).generate(prompts, SAMPLING, seed=2)
-    apart = [rollout for prompt in prompts for rollout in engine(1).generate([prompt], SAMPLING, seed=2)]
+    def engine(sequences: int) -> HFEngine:
+        mixed_in = {
+            "lean": [],
+            "mixture": [(make_model(hidden_size=24, rows=520, seed=1), 0.3)],
+            "other architecture": [],
+            "mixture with another architecture": [(make_gemma(), 0.3)],
+        }[kind]
+        first = make_gemma() if kind == "other architecture" else make_model()
+        return make_hf(first, mixed_in=mixed_in, sequences_per_batch=sequences)
+
+    torch.manual_seed(5)
+    prompts = [
+        replace(rollout.prompt, id=f"p{place}") for place, rollout in enumerate(make_rollouts([(3, 1), (9, 1)] * 5))
+    ]
+    sampling = replace(
+        SAMPLING, max_new_tokens=20, samples_per_prompt=2, temperature=temperature, stop_ids=tuple(range(60))
+    )
+    torch.manual_seed(0)
+    together = engine(sequences).generate(prompts, sampling, seed=2)
+    assert len({len(rollout) for rollout in together}) > (4 if temperature else 1)
+    torch.manual_seed(0)
+    alone = engine(1)
+    apart = [rollout for prompt in prompts for rollout in alone.generate([prompt], sampling, seed=2)]
     assert [r.response_ids for r in together] == [r.response_ids for r in apart]
     for one, other in zip(together, apart, strict=True):
         torch.testing.assert_close(
-            torch.tensor(one.rollout_logprobs), torch.tensor(other.rollout_logprobs), atol=1e-4, rtol=0
+            torch.tensor(one.rollout_logprobs), torch.tensor(other.rollout_logprobs), atol=1e-5, rtol=0
         )
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_weights_trained_in_place_are_seen(model: PreTrainedModel, precision: torch.dtype) -> None:
+    prompts = make_prompts()
+    engine = make_hf(model, precision=precision)
+    before = engine.generate(prompts, SAMPLING, seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 1.2
+    engine.update_weights(version=1)
+    after = engine.generate(prompts, SAMPLING, seed=1)
+    assert [r.response_ids for r in after] != [r.response_ids for r in before]
+    anew = make_hf(model, precision=precision)
+    anew.update_weights(version=1)
+    assert after == anew.generate(prompts, SAMPLING, seed=1)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("mixing", [0.0, 0.3])
+def test_merged_ends_are_drawn_as_one_with_the_probability_of_all(mixing: float, temperature: float) -> None:
+    models = [make_model(), make_model(hidden_size=24, rows=520, seed=1)] if mixing else [make_model()]
+    (prompt, *_) = make_prompts()
+
+    def probabilities(rollout: Rollout) -> Tensor:
+        """[T, 512] of the models, before ends are merged."""
+        parts = [full_logprobs(model, rollout).exp() for model in models]
+        return (1 - mixing) * parts[0] + mixing * parts[1] if mixing else parts[0]
+
+    likeliest = probabilities(Rollout(prompt, (0,), (0.0,), "stop"))[0].topk(40).indices.tolist()
+    ends = tuple(likeliest[1:])  # together more than the likeliest
+
+    def merged(rollout: Rollout) -> Tensor:
+        """[T, 512] of the distribution sampled from."""
+        found = probabilities(rollout)
+        of_end = found[:, list(ends)].sum(1)
+        found[:, list(ends)] = 0
+        found[:, ends[0]] = of_end
+        if temperature:
+            found **= 1 / temperature
+        return found / found.sum(1, keepdim=True)
+
+    engine = make_hf(models[0], mixed_in=[(each, mixing) for each in models[1:]], end_ids=ends)
+    count = 3000
+    sampling = Sampling(
+        stop_ids=ends, max_new_tokens=2, temperature=temperature, samples_per_prompt=count if temperature else 1
+    )
+    rollouts = engine.generate([prompt], sampling, seed=3)
+    expected = merged(rollouts[0])[0]
+    first = torch.tensor([rollout.response_ids[0] for rollout in rollouts])
+    assert not set(first.tolist()) & set(ends[1:])
+    if not temperature:
+        assert first.tolist() == [ends[0]] == [expected.argmax()]
+        return
+    error = (count * expected * (1 - expected)).sqrt()
+    deviation = (torch.bincount(first, minlength=512) - count * expected).abs() / error
+    assert deviation[count * expected > 5].max() < 5
+    for rollout in rollouts[:50]:
+        logprobs = chosen(merged(rollout).log(), rollout)
+        torch.testing.assert_close(torch.tensor(rollout.rollout_logprobs), logprobs, atol=1e-4, rtol=0)
 
 
 def test_another_seed_gives_other_samples(model: PreTrainedModel) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from poweropd import cpu
 from poweropd.errors import ConfigError, RunError
 from poweropd.evaluation.benchmarks import BENCHMARKS, PRESETS, benchmark
 from poweropd.evaluation.grading import Grader, GradingMode
@@ -104,6 +105,7 @@ def evaluate_model(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"cannot make {out}: {error.strerror or error}. Use another --out") from None
+    cpu.settle()
     device = default_device()
     dtype = resolve_precision(settings.precision, device)
     tokenizer = load_tokenizer(name)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from poweropd.objectives.divergences import REACH, Divergence, attach_gradient, quadrature, scaled_expm1
+from poweropd.objectives.divergences import REACH, Divergence, divergence_with, quadrature, scaled_expm1
 
 
 def power(*, alpha: float) -> Divergence:
@@ -34,14 +34,12 @@ def _power(alpha: float, scale: float) -> Divergence:
     def advantage(logq: Tensor, logp: Tensor) -> Tensor:
         return scale * scaled_expm1(alpha * logq, alpha * (logp - logq))
 
-    def term(logq: Tensor, logp: Tensor) -> Tensor:
-        with torch.no_grad():
-            towards = scale * alpha * (alpha * logp).exp() * scaled_expm1(logq, logp - logq)
-            slope = advantage(logq, logp)
-            value = (towards - logq.exp() * slope) / (1 + alpha)
-        return attach_gradient(value, logq, slope)
+    def both(logq: Tensor, logp: Tensor) -> tuple[Tensor, Tensor]:
+        towards = scale * alpha * (alpha * logp).exp() * scaled_expm1(logq, logp - logq)
+        slope = advantage(logq, logp)
+        return (towards - logq.exp() * slope) / (1 + alpha), slope
 
-    return Divergence(term, advantage)
+    return divergence_with(both, advantage)
 
 
 def from_derivative(h: Callable[[Tensor], Tensor], *, nodes: int = 32) -> Divergence:
@@ -54,15 +52,13 @@ def from_derivative(h: Callable[[Tensor], Tensor], *, nodes: int = 32) -> Diverg
     def advantage(logq: Tensor, logp: Tensor) -> Tensor:
         return h(logp.exp()) - h(logq.exp())
 
-    def term(logq: Tensor, logp: Tensor) -> Tensor:
-        with torch.no_grad():
-            at_teacher, high = h(logp.exp()), torch.maximum(logq, logp)
-            low = torch.maximum(torch.minimum(logq, logp), high - REACH)
-            value = torch.zeros_like(high)
-            for place, weight in quadrature(nodes):
-                x = (low + place * (high - low)).exp()
-                value += weight * x * (h(x) - at_teacher)
-            value *= (high - low) * (logq - logp).sign()
-        return attach_gradient(value, logq, advantage(logq, logp))
+    def both(logq: Tensor, logp: Tensor) -> tuple[Tensor, Tensor]:
+        at_teacher, high = h(logp.exp()), torch.maximum(logq, logp)
+        low = torch.maximum(torch.minimum(logq, logp), high - REACH)
+        value = torch.zeros_like(high)
+        for place, weight in quadrature(nodes):
+            x = (low + place * (high - low)).exp()
+            value += weight * x * (h(x) - at_teacher)
+        return value * (high - low) * (logq - logp).sign(), advantage(logq, logp)
 
-    return Divergence(term, advantage)
+    return divergence_with(both, advantage)

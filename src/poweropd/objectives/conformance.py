@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from poweropd.objectives.build import RATIO, REWARD, build, settings_of
-from poweropd.objectives.fused import LossTerms, token_scores
+from poweropd.objectives.fused import token_scores
 from poweropd.objectives.lm_head import Distribution, LMHead
 from poweropd.objectives.loss import loss_of, unshaped_terms
 from poweropd.objectives.objective import Objective
 from poweropd.objectives.positions import Positions, TokenInputs
 from poweropd.objectives.settings import Number
 from poweropd.objectives.shaping import StepTokens
+from poweropd.objectives.sweeps import LossTerms
 
 SIZE = 7  # tokens of the vocabulary
 PAIRS = 6  # random students and teachers

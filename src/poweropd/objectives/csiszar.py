@@ -6,31 +6,42 @@ same formula). Each function returns a `Divergence`; r is log u.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from poweropd.objectives.divergences import REACH, Divergence, attach_gradient, quadrature, scaled_expm1
+from poweropd.objectives.divergences import REACH, Divergence, divergence_with, quadrature, scaled_expm1
 
 
 def reverse_kl() -> Divergence:
     """KL(q || p): f(u) = -log u. Its advantage log u is vanilla on-policy distillation."""
+
+    def term_and_slope(logq: Tensor, logp: Tensor) -> tuple[Tensor, Tensor]:
+        term = (logq - logp).mul_(logq.exp())
+        return term, term  # the derivative is term + q
+
     return Divergence(
         term=lambda logq, logp: logq.exp() * (logq - logp),
         advantage=lambda logq, logp: logp - logq,
         constant=-1.0,
         of_ratio=True,
+        term_and_slope=term_and_slope,
     )
 
 
 def forward_kl() -> Divergence:
     """KL(p || q): f(u) = u log u."""
+
+    def term_and_slope(logq: Tensor, logp: Tensor) -> tuple[Tensor, Tensor]:
+        p = logp.exp()
+        return (logp - logq).mul_(p), p.neg_()
+
     return Divergence(
         term=lambda logq, logp: logp.exp() * (logp - logq),
         advantage=lambda logq, logp: torch.expm1(logp - logq),
         constant=1.0,
         of_ratio=True,
+        term_and_slope=term_and_slope,
     )
 
 
@@ -58,13 +69,12 @@ def generalized_jsd(*, weight: float) -> Divergence:
     def advantage(logq: Tensor, logp: Tensor) -> Tensor:
         return (1 - weight) * log_mixture(logq, logp)[0]
 
-    def term(logq: Tensor, logp: Tensor) -> Tensor:
-        with torch.no_grad():
-            over_student, over_teacher = log_mixture(logq, logp)
-            value = -weight * logp.exp() * over_teacher - (1 - weight) * logq.exp() * over_student
-        return attach_gradient(value, logq, (1 - weight) * over_student)
+    def both(logq: Tensor, logp: Tensor) -> tuple[Tensor, Tensor]:
+        over_student, over_teacher = log_mixture(logq, logp)
+        slope = (1 - weight) * over_student
+        return -weight * logp.exp() * over_teacher - logq.exp() * slope, slope
 
-    return Divergence(term, advantage, of_ratio=True)
+    return divergence_with(both, advantage, of_ratio=True)
 
 
 def jensen_shannon() -> Divergence:
@@ -127,16 +137,15 @@ def cressie_read(*, alpha: float) -> Divergence:
     def advantage(logq: Tensor, logp: Tensor) -> Tensor:
         return torch.expm1(alpha * (logp - logq)) / alpha
 
-    def term(logq: Tensor, logp: Tensor) -> Tensor:
-        with torch.no_grad():
-            r, difference = logp - logq, scaled_expm1(logq, logp - logq)
-            if abs(alpha) < 0.5:  # one f, written so that neither limit divides rounding by nearly nothing
-                value = (scaled_expm1(logq, alpha * r) / alpha - difference) / (alpha - 1)
-            else:
-                value = (scaled_expm1(logp, (alpha - 1) * r) / (alpha - 1) - difference) / alpha
-        return attach_gradient(value, logq, advantage(logq, logp))
+    def both(logq: Tensor, logp: Tensor) -> tuple[Tensor, Tensor]:
+        r, difference = logp - logq, scaled_expm1(logq, logp - logq)
+        if abs(alpha) < 0.5:  # one f, written so that neither limit divides rounding by nearly nothing
+            value = (scaled_expm1(logq, alpha * r) / alpha - difference) / (alpha - 1)
+        else:
+            value = (scaled_expm1(logp, (alpha - 1) * r) / (alpha - 1) - difference) / alpha
+        return value, advantage(logq, logp)
 
-    return Divergence(term, advantage, of_ratio=True)
+    return divergence_with(both, advantage, of_ratio=True)
 
 
 def limited(divergence: Divergence, *, low: float, high: float) -> Divergence:
@@ -149,16 +158,15 @@ def limited(divergence: Divergence, *, low: float, high: float) -> Divergence:
     def clamped(logq: Tensor, logp: Tensor) -> Tensor:
         return divergence.advantage(*_at_ratio((logp - logq).clamp(low, high)))
 
-    def term(logq: Tensor, logp: Tensor) -> Tensor:
-        with torch.no_grad():
-            c = (logp - logq).clamp(low, high)
-            scaled = (logp - c).exp()
-            generator = divergence.generator(c) - divergence.constant * torch.expm1(c)
-            value = scaled * generator + divergence.advantage(*_at_ratio(c)) * (scaled - logq.exp())
-            value += divergence.constant * (logp.exp() - logq.exp())
-        return attach_gradient(value, logq, clamped(logq, logp) + divergence.constant)
+    def both(logq: Tensor, logp: Tensor) -> tuple[Tensor, Tensor]:
+        c = (logp - logq).clamp(low, high)
+        scaled, slope = (logp - c).exp(), divergence.advantage(*_at_ratio(c))
+        generator = divergence.generator(c) - divergence.constant * torch.expm1(c)
+        value = scaled * generator + slope * (scaled - logq.exp())
+        value += divergence.constant * (logp.exp() - logq.exp())
+        return value, slope + divergence.constant
 
-    return replace(divergence, term=term, advantage=clamped)
+    return divergence_with(both, clamped, constant=divergence.constant, of_ratio=divergence.of_ratio)
 
 
 def _at_ratio(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,19 +198,17 @@ def divergence_of(advantage: Callable[[Tensor], Tensor], *, nodes: int = 48) -> 
         nodes: of the quadrature; smooth advantages need few, kinks many.
     """
 
-    def term(logq: Tensor, logp: Tensor) -> Tensor:
+    def both(logq: Tensor, logp: Tensor) -> tuple[Tensor, Tensor]:
         r = logp - logq
-        with torch.no_grad():
-            reach = r.clamp(-REACH, REACH)  # beyond it the integrand is nothing: at r where r < 0, at 0 elsewhere
-            start = (r - reach).clamp(max=0)
-            value = torch.zeros_like(r)
-            for place, weight in quadrature(nodes):
-                x = start + place * reach
-                value += weight * advantage(x) * (logp - x).exp()
-            value *= reach
-        return attach_gradient(value, logq, advantage(r))
+        reach = r.clamp(-REACH, REACH)  # beyond it the integrand is nothing: at r where r < 0, at 0 elsewhere
+        start = (r - reach).clamp(max=0)
+        value = torch.zeros_like(r)
+        for place, weight in quadrature(nodes):
+            x = start + place * reach
+            value += weight * advantage(x) * (logp - x).exp()
+        return value * reach, advantage(r)
 
-    return Divergence(term, lambda logq, logp: advantage(logp - logq), of_ratio=True)
+    return divergence_with(both, lambda logq, logp: advantage(logp - logq), of_ratio=True)
 
 
 def from_generator(f: Callable[[Tensor], Tensor]) -> Divergence:
@@ -225,8 +231,8 @@ def from_generator(f: Callable[[Tensor], Tensor]) -> Divergence:
 
     constant = float(slope(torch.ones((), dtype=torch.float64))[1])  # f(1) = 0, so w(1) = f'(1)
 
-    def term(logq: Tensor, logp: Tensor) -> Tensor:
+    def both(logq: Tensor, logp: Tensor) -> tuple[Tensor, Tensor]:
         value = logq.exp() * f((logp - logq).clamp(-40, 40).exp())
-        return attach_gradient(value, logq, advantage(logq, logp) + constant)
+        return value, advantage(logq, logp) + constant
 
-    return Divergence(term, advantage, constant=constant, of_ratio=True)
+    return divergence_with(both, advantage, constant=constant, of_ratio=True)

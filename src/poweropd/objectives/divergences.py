@@ -32,6 +32,8 @@ class Divergence:
     Attributes:
         term: of log q and log p; differentiable in log q; sums to a value that is 0 where q = p and positive elsewhere.
         advantage: of log q and log p of a sampled token, in the gauge where it is 0 if both agree.
+        term_and_slope: the term and d term / d log q up to a multiple of q, where they come cheaper together than by
+            autograd; they may be one tensor.
         constant: what that gauge leaves out: -(1/q) d term / d log q = advantage + constant.
         of_ratio: whether it is an f-divergence: the advantage depends on log p - log q alone.
     """
@@ -40,10 +42,18 @@ class Divergence:
     advantage: Elementwise
     constant: float = 0.0
     of_ratio: bool = False
+    term_and_slope: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
     def value(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
         """D at each position: `[..., outcomes] -> [...]`."""
         return self.term(student_logprobs, teacher_logprobs).sum(-1)
+
+    def with_slope(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> tuple[Tensor, Tensor]:
+        """The same and, [..., outcomes], its derivative with respect to log q up to a multiple of q; without a graph."""
+        assert self.term_and_slope is not None
+        with torch.no_grad():
+            term, slope = self.term_and_slope(student_logprobs, teacher_logprobs)
+            return term.sum(-1), slope
 
     def generator(self, log_ratio: Tensor) -> Tensor:
         """f(u) of an f-divergence D = sum_v q f(p/q), from log u."""
@@ -58,13 +68,40 @@ class Divergence:
 
 
 def attach_gradient(term: Tensor, student_logprobs: Tensor, advantage: Tensor) -> Tensor:
-    """`term` with the gradient that belongs to `advantage`, -q A d log q, whatever made the term.
-
-    A token of probability 0 is never sampled and pulls nothing, though its advantage be infinite.
-    """
-    q = student_logprobs.detach().exp()
-    pull = torch.where(q > 0, q * advantage.detach(), 0.0)
+    """`term` with the gradient that belongs to `advantage`, -q A d log q, whatever made the term."""
+    pull = _pull(student_logprobs.detach(), advantage.detach())
     return term.detach() - pull * (student_logprobs - student_logprobs.detach())
+
+
+def _pull(logq: Tensor, advantage: Tensor) -> Tensor:
+    """`q A`. A token of probability 0 is never sampled and pulls nothing, though its advantage be infinite."""
+    q = logq.exp()
+    return torch.where(q > 0, q * advantage, 0.0)
+
+
+def divergence_with(
+    both: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    advantage: Elementwise,
+    *,
+    constant: float = 0.0,
+    of_ratio: bool = False,
+) -> Divergence:
+    """A divergence whose term is not differentiated: its gradient is that of its advantage.
+
+    Args:
+        both: the value of the term, and `advantage + constant`, of log q and log p.
+    """
+
+    def term(logq: Tensor, logp: Tensor) -> Tensor:
+        with torch.no_grad():
+            value, slope = both(logq, logp)
+        return attach_gradient(value, logq, slope)
+
+    def term_and_slope(logq: Tensor, logp: Tensor) -> tuple[Tensor, Tensor]:
+        value, slope = both(logq, logp)
+        return value, _pull(logq, slope).neg_()
+
+    return Divergence(term, advantage, constant, of_ratio, term_and_slope)
 
 
 def scaled_expm1(log_scale: Tensor, x: Tensor) -> Tensor:

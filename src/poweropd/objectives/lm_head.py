@@ -10,14 +10,17 @@ Shapes: N tokens, H hidden size, V rows of the head, C rows of a tile, B rows of
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Elements of a tile and of a block. Chosen by benchmarks/memory.py on a CPU; the GPU's are not yet measured.
-TILE_ELEMENTS = {"cpu": 20_000_000, "cuda": 128_000_000}
-BLOCK_ELEMENTS = {"cpu": 1_000_000, "cuda": 64_000_000}
+# Elements of a tile and of a block; the GPU's are not yet measured.
+TILE_ELEMENTS = {"cpu": 24_400_000, "cuda": 160_000_000}
+BLOCK_ELEMENTS = {"cpu": 1_000_000, "cuda": 16_000_000}
+ROUND = {"cpu": 16, "cuda": 128}  # rows of a tile are a multiple of it, where there are as many
+ALIGNED = {"cpu": 1, "cuda": 64}  # and lie apart by one: half-precision products on a GPU are slow at odd addresses
 SEGMENT = 128  # see `likeliest`
 NEVER = -1e9  # the logit of a token that cannot be emitted; finite, so that 0 * (log q - log p) stays 0
 
@@ -47,8 +50,18 @@ class LMHead:
         """`target_ids` with every merged end token under the first of them."""
         if len(self.end_ids) < 2:
             return target_ids
-        is_end = torch.isin(target_ids, torch.tensor(self.end_ids, device=target_ids.device))
+        is_end = torch.isin(target_ids, self.ends_on(target_ids.device))
         return torch.where(is_end, self.end_ids[0], target_ids)
+
+    def ends_on(self, device: torch.device) -> Tensor:
+        """`end_ids` as a tensor on a device."""
+        return _on_device(self.end_ids, device)
+
+
+@cache
+def _on_device(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """Made once: a copy to a GPU waits for all that is under way."""
+    return torch.tensor(ids, device=device)
 
 
 class Block(NamedTuple):
@@ -58,36 +71,45 @@ class Block(NamedTuple):
     ends: Tensor | None  # [B, end_ids]: the logits of the end tokens before they were merged
 
 
-def logits_of(products: Tensor, head: LMHead) -> Block:
-    """The logits that `products` [B, vocab_size] stand for, in fp32 (or wider); `products` is left as it is."""
-    logits = products.to(wide(products.dtype), copy=True)
+def shape_logits(products: Tensor, head: LMHead) -> Tensor:
+    """Logits from `products` [B, vocab_size], in their place; end tokens as they stand."""
     if head.bias is not None:
-        logits += head.bias[: head.vocab_size]
+        products += head.bias[: head.vocab_size]
     if head.scale != 1.0:
-        logits *= head.scale
+        products *= head.scale
     if head.softcap is not None:
-        logits.div_(head.softcap).tanh_().mul_(head.softcap)
+        products.div_(head.softcap).tanh_().mul_(head.softcap)
+    return products
+
+
+def slope_of(logits: Tensor, head: LMHead) -> Tensor | float:
+    """The derivative of each logit with respect to its product, from the logit."""
+    if head.softcap is None:
+        return head.scale
+    return head.scale * (1 - (logits / head.softcap).square())
+
+
+def logits_of(products: Tensor, head: LMHead) -> Block:
+    """The logits that `products` [B, vocab_size] stand for, in fp32 (or wider), which take their place if these are wide."""
+    logits = shape_logits(products.to(wide(products.dtype)), head)
     if len(head.end_ids) < 2:
         return Block(logits, None)
-    ends = logits[:, list(head.end_ids)]
-    logits[:, list(head.end_ids)] = NEVER
+    places = head.ends_on(logits.device)
+    ends = logits[:, places]
+    logits[:, places] = NEVER
     logits[:, head.end_ids[0]] = torch.logsumexp(ends, dim=1)
     return Block(logits, ends)
 
 
 def through_logits(gradient: Tensor, block: Block, head: LMHead) -> Tensor:
     """The gradient [B, V] with respect to `products + bias`, from that with respect to the logits; overwritten."""
-    of_ends = None
     if block.ends is not None:
         of_ends = gradient[:, head.end_ids[0], None] * torch.softmax(block.ends, dim=1)
-    if head.softcap is not None:
-        gradient *= 1 - (block.logits / head.softcap).square()  # the slope of the softcap, from the capped value
-        if of_ends is not None and block.ends is not None:
-            of_ends = of_ends * (1 - (block.ends / head.softcap).square())
-    if of_ends is not None:
-        gradient[:, list(head.end_ids)] = of_ends
-    if head.scale != 1.0:
-        gradient *= head.scale
+        of_ends *= slope_of(block.ends, head)
+    if head.softcap is not None or head.scale != 1.0:
+        gradient *= slope_of(block.logits, head)
+    if block.ends is not None:
+        gradient[:, head.ends_on(gradient.device)] = of_ends
     return gradient
 
 
@@ -100,9 +122,9 @@ class Tiles:
     def __init__(self, hidden: Tensor, head: LMHead) -> None:
         self._hidden = hidden
         self._weight = head.weight[: head.vocab_size].T
-        budget = TILE_ELEMENTS.get(hidden.device.type, TILE_ELEMENTS["cuda"])
-        self._rows = max(1, min(budget // head.vocab_size, len(hidden)))
-        self._buffer = hidden.new_empty((self._rows, head.vocab_size))
+        self._rows = tile_rows(len(hidden), head.vocab_size, hidden.device)
+        stride = _up(head.vocab_size, ALIGNED.get(hidden.device.type, ALIGNED["cuda"]))
+        self._buffer = hidden.new_empty((self._rows, stride))[:, : head.vocab_size]
 
     def __iter__(self) -> Iterator[slice]:
         return slices(len(self._hidden), self._rows)
@@ -110,6 +132,18 @@ class Tiles:
     def products(self, tile: slice) -> Tensor:
         """Valid until the next call."""
         return torch.mm(self._hidden[tile], self._weight, out=self._buffer[: tile.stop - tile.start])
+
+
+def tile_rows(tokens: int, vocab_size: int, device: torch.device) -> int:
+    """Rows of a tile: as many as it may have, evenly spread over the tiles, in a number that matrix products like."""
+    most = max(1, TILE_ELEMENTS.get(device.type, TILE_ELEMENTS["cuda"]) // vocab_size)
+    tiles = max(1, -(-tokens // most))
+    even = -(-tokens // tiles)
+    return max(1, min(_up(even, ROUND.get(device.type, ROUND["cuda"])), most, tokens))
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def slices(rows: int, size: int) -> Iterator[slice]:
@@ -126,16 +160,6 @@ def blocks(tile: slice, head: LMHead) -> Iterator[tuple[slice, slice]]:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of results: fp32 for half precision, else unchanged."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-
-
-def softmax_of(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-normaliser [B] and probabilities [B, V].
-
-    With m the largest logit, its probability is exp(m - normaliser) >= 1/V: the normaliser comes from one number a row,
-    without another exponential.
-    """
-    probabilities = torch.softmax(logits, dim=1)
-    return logits.amax(dim=1) - probabilities.amax(dim=1).log(), probabilities
 
 
 def likeliest(rows: Tensor) -> Tensor:
@@ -199,9 +223,10 @@ class LogProbs:
         """The tiles."""
         return iter(self._tiles[0])
 
-    def enter(self, tile: slice) -> None:
-        """Go to the rows of a tile."""
+    def enter(self, tile: slice) -> list[Tensor]:
+        """Go to the rows of a tile; returns its products, one of each model."""
         self._products = [tiles.products(tile) for tiles in self._tiles]
+        return self._products
 
     def of(self, block: slice) -> Tensor:
         """Log-probabilities [B, vocab_size] of a block of the tile entered, fp32."""

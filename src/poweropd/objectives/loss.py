@@ -7,10 +7,11 @@ from torch import Tensor
 
 from poweropd.objectives.csiszar import reverse_kl
 from poweropd.objectives.divergences import Divergence
-from poweropd.objectives.fused import LossTerms, fused_loss, loss_terms
+from poweropd.objectives.fused import fused_loss, loss_terms
 from poweropd.objectives.lm_head import LMHead
 from poweropd.objectives.objective import Objective, Shaped
 from poweropd.objectives.positions import Positions, TokenInputs, importance_weights
+from poweropd.objectives.sweeps import Exact, LossTerms
 
 REFERENCE_KL: Divergence = reverse_kl()
 
@@ -45,14 +46,32 @@ class _BoundLoss:
             return score
         return (score + self.objective.beside_shaping(at)) * importance_weights(at, self.importance_cap)
 
-    def exact(self, at: Positions, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        divergences = self.objective.exact(at)
-        reference_kl = torch.zeros_like(at.logprobs)
+    @property
+    def knows_slope(self) -> bool:
+        return self.objective.knows_slope
+
+    @property
+    def is_reverse_kl(self) -> bool:
+        return self.objective.is_reverse_kl and self.shaped is None
+
+    def exact(self, at: Positions, rows: slice) -> Exact:
+        divergences, slope = (
+            self.objective.exact_with_slope(at) if self.knows_slope else (self.objective.exact(at), None)
+        )
+        values, reference_kl = divergences, torch.zeros_like(at.logprobs)
+        if self.shaped is not None:
+            weights = self.shaped.weights[rows]
+            values, slope = weights * values, None if slope is None else weights[:, None] * slope
         if at.reference is not None:
             assert at.student is not None
-            reference_kl = REFERENCE_KL.value(at.student, at.reference)
-        value = divergences if self.shaped is None else self.shaped.weights[rows] * divergences
-        return value + self.objective.reference_weight * reference_kl, divergences, reference_kl
+            coefficient = self.objective.reference_weight
+            if slope is None:
+                reference_kl = REFERENCE_KL.value(at.student, at.reference)
+            else:
+                reference_kl, further = REFERENCE_KL.with_slope(at.student, at.reference)
+                slope = slope.add_(further, alpha=coefficient)
+            values = values + coefficient * reference_kl
+        return Exact(values, divergences, reference_kl, slope)
 
 
 def loss_of(
@@ -64,6 +83,7 @@ def loss_of(
     denominator: float,
     shaped: Shaped | None = None,
     importance_cap: float = float("inf"),
+    in_place: bool = False,
 ) -> LossTerms:
     """The loss of the objective on N tokens: a sum over tokens divided by `denominator`.
 
@@ -74,13 +94,15 @@ def loss_of(
         denominator: loss tokens of the whole optimizer step, over micro-batches and ranks.
         shaped: what `Objective.shape` made of these tokens, where the objective needs the whole step.
         importance_cap: largest importance weight of tokens that were not sampled from the student.
+        in_place: see `fused_loss`.
 
     Raises:
         ValueError: the teacher gives less than the objective needs, or the whole step is needed and not there.
     """
     if objective.needs_whole_step and shaped is None:
         raise ValueError(f"objective {objective.name} needs the rewards of the whole step: see `Objective.shape`")
-    return fused_loss(hidden, head, inputs, _BoundLoss(objective, shaped, importance_cap), denominator)
+    bound = _BoundLoss(objective, shaped, importance_cap)
+    return fused_loss(hidden, head, inputs, bound, denominator, in_place=in_place)
 
 
 def unshaped_terms(objective: Objective, hidden: Tensor, head: LMHead, inputs: TokenInputs) -> LossTerms:

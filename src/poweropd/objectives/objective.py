@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from poweropd.objectives import shaping
-from poweropd.objectives.csiszar import limited
+from poweropd.objectives.csiszar import limited, reverse_kl
 from poweropd.objectives.divergences import Divergence, attach_gradient, coarsen
 from poweropd.objectives.lm_head import wide
 from poweropd.objectives.positions import Positions
@@ -237,14 +237,34 @@ class Objective:
         assert at.student is not None
         value = at.student.new_zeros(len(at.logprobs))
         if self.estimator == "full":
-            if at.teacher is None:
-                raise ValueError(f"objective {self.name} needs the teacher's whole distribution, which is not there")
-            value = self.divergence.value(at.student, self._target(at.student, at.teacher))
+            value = self.divergence.value(at.student, self._target(at.student, self._whole_teacher(at)))
         elif self.estimator == "top_k":
             value = self._top_k(at.student, at.top_ids, at.top_logprobs)
         if self.row.extra is not None:
             value = value + self.row.extra(at.with_top(self.k), self.settings)
         return value
+
+    @property
+    def knows_slope(self) -> bool:
+        """Whether `exact_with_slope` takes the place of `exact` and autograd."""
+        return self.estimator == "full" and self.row.extra is None and self.divergence.term_and_slope is not None
+
+    @property
+    def is_reverse_kl(self) -> bool:
+        """Whether it is the exact KL(q || p) to the teacher and nothing else."""
+        is_plain = self.estimator == "full" and self.row.extra is None and self.row.target is None
+        is_unlimited = self._number("ratio_limit") in (0.0, torch.inf)
+        return is_plain and is_unlimited and self.row.divergence is reverse_kl and not self.reference_weight
+
+    def exact_with_slope(self, at: Positions) -> tuple[Tensor, Tensor]:
+        """The same [B], and its derivative [B, V] with respect to log q, up to a multiple of q."""
+        assert at.student is not None
+        return self.divergence.with_slope(at.student, self._target(at.student, self._whole_teacher(at)))
+
+    def _whole_teacher(self, at: Positions) -> Tensor:
+        if at.teacher is None:
+            raise ValueError(f"objective {self.name} needs the teacher's whole distribution, which is not there")
+        return at.teacher
 
     def _target(self, student: Tensor, teacher: Tensor) -> Tensor:
         target = self.row.target

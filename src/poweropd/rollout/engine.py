@@ -42,7 +42,8 @@ class RolloutEngine(Protocol):
         """Responses to every prompt, the samples of one prompt together, in the order of the prompts.
 
         The same prompts, sampling, seed and weights give the same rollouts; a sample does not depend on what else is
-        in the call, up to rounding. `rollout_logprobs` are those of the distribution sampled from.
+        in the call, up to rounding. `rollout_logprobs` are those of the distribution sampled from; NaN where an engine
+        cannot tell.
         """
         ...
 

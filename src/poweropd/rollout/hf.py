@@ -1,44 +1,44 @@
-"""Rollouts by a transformers model in this process, batched, with a KV cache."""
+"""Rollouts by transformers models in this process: rows that end leave, and others take their places."""
 
 import hashlib
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from poweropd.models import compute_precision, lm_head, weights_fingerprint
-from poweropd.objectives.lm_head import head_logits
+from poweropd.models import lm_head, weights_fingerprint
+from poweropd.objectives.lm_head import LMHead, head_logits
+from poweropd.rollout.batch import Answer, Batch, Request
+from poweropd.rollout.decoding import Decoder, Decoding, rows_of_product
 from poweropd.rollout.engine import Sampling
-from poweropd.rollout.sampling import draw, mix, uniforms
+from poweropd.rollout.sampling import mix
 from poweropd.types import FinishReason, Prompt, Rollout, Source
 
-COMPACT_AT = 0.125  # finished rows leave the batch once they are this share of it
-
-
-class _Request(NamedTuple):
-    place: int  # in the order of the results
-    prompt: Prompt
-    sample: int
+REFILL_AT = 0.25  # others take the places of finished rows once these are such a share of all
 
 
 class HFEngine:
     """Samples from a transformers model, or token by token from a mixture of several.
 
-    Model objects are shared with the trainer, so weights are never copied.
+    Model objects are shared with the trainer; their weights are read anew in every call of `generate`.
 
     Args:
         model: a causal language model.
         vocab_size: ids at or above it are padding and are never drawn, whatever number of rows a head has.
-        pad_id: fills the left of shorter prompts.
+        pad_id: fills the left of shorter prompts, where an architecture needs them at one length.
         precision: dtype of matmuls.
         sequences_per_batch: sequences decoded together.
         source: whose rollouts these are.
         mixed_in: further models on the same device, decoded in lock step, and their shares m_i, positive and below 1 in
             sum. Each token is drawn from `(1 - sum m_i) * model + sum m_i * other_i`, formed at temperature 1 over the
-            whole vocabulary; temperature and truncations then reshape the mixture, not its parts. End tokens are those
-            of the models: none are merged here. MiniLLM, arXiv 2306.08543.
+            whole vocabulary; temperature and truncations then reshape the mixture, not its parts. MiniLLM, arXiv
+            2306.08543.
+        end_ids: end tokens that count as one outcome, see `LMHead`: drawn as the first of them, with the probability of
+            all.
     """
 
     def __init__(
@@ -51,105 +51,91 @@ class HFEngine:
         sequences_per_batch: int = 64,
         source: Source = "student",
         mixed_in: Sequence[tuple[PreTrainedModel, float]] = (),
+        end_ids: tuple[int, ...] = (),
     ) -> None:
         self._models = [model, *(other for other, _ in mixed_in)]
         self._shares = [share for _, share in mixed_in]
+        self._decoders = [Decoder(each, precision=precision, pad_id=pad_id) for each in self._models]
         self._vocab_size = vocab_size
-        self._pad_id = pad_id
         self._precision = precision
         self._sequences_per_batch = sequences_per_batch
         self._source: Source = source
+        self._end_ids = end_ids
         self._version = 0
 
     def update_weights(self, *, version: int) -> None:
         self._version = version
 
     def fingerprint(self) -> str:
-        parts = [*map(weights_fingerprint, self._models), self._shares, self._vocab_size, str(self._precision)]
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
+        settings = [self._shares, self._vocab_size, str(self._precision), self._end_ids]
+        return hashlib.sha256(repr([*map(weights_fingerprint, self._models), *settings]).encode()).hexdigest()
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> list[Rollout]:
         pairs = [(prompt, sample) for prompt in prompts for sample in range(sampling.samples_per_prompt)]
-        requests = [_Request(place, *pair) for place, pair in enumerate(pairs)]
-        requests.sort(key=lambda request: len(request.prompt.prompt_ids))
+        waiting = [Request(place, *pair) for place, pair in enumerate(pairs)]
+        if not waiting:
+            return []
+        waiting.sort(key=lambda request: -len(request.prompt.prompt_ids))
+        rows = min(self._sequences_per_batch, len(waiting))
+        tokens = len(waiting[0].prompt.prompt_ids) + sampling.max_new_tokens
+        decodings = [decoder.start(rows=rows, tokens=tokens) for decoder in self._decoders]
+        heads = [self._head(model) for model in self._models]
+        batch = Batch(rows, sampling, seed, self._models[0].device)
         rollouts: dict[int, Rollout] = {}
-        for start in range(0, len(requests), self._sequences_per_batch):
-            rollouts |= self._decode(requests[start : start + self._sequences_per_batch], sampling, seed)
-        return [rollouts[place] for place in range(len(requests))]
+        while waiting or len(batch):
+            room = rows - len(batch)
+            if room >= self._room_needed(rows, len(waiting), decodings):
+                requests, waiting = waiting[:room], waiting[room:]
+                batch.add(requests)
+                hidden = _admit(decodings, requests)
+            else:
+                hidden = [decoding.step(batch.last_ids) for decoding in decodings]
+            logits = [_logits(*each) for each in zip(hidden, heads, strict=True)]
+            batch.draw(mix(logits, self._shares))
+            answers, move = batch.take_ended()
+            rollouts |= {answer.request.place: self._rollout(answer, sampling) for answer in answers}
+            if move is not None:
+                for decoding in decodings:
+                    decoding.keep(move)
+        return [rollouts[place] for place in range(len(pairs))]
 
-    def _decode(self, requests: list[_Request], sampling: Sampling, seed: int) -> dict[int, Rollout]:
-        device = self._models[0].device
-        noise = torch.stack(
-            [uniforms(r.prompt, r.sample, seed=seed, count=sampling.max_new_tokens) for r in requests]
-        ).to(device)
-        stop_ids = torch.tensor(sampling.stop_ids, device=device)
-        ids, attention_mask = self._left_pad([request.prompt.prompt_ids for request in requests], device)
-        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
-        caches = [DynamicCache(config=model.config) for model in self._models]
-        responses = torch.full((len(requests), sampling.max_new_tokens), self._pad_id, device=device)
-        logprobs = torch.zeros(responses.shape, dtype=torch.float32, device=device)
-        lengths = torch.full((len(requests),), sampling.max_new_tokens, device=device)
-        stopped = torch.zeros(len(requests), dtype=torch.bool, device=device)
-        rows = torch.arange(len(requests), device=device)  # request of each row still in the batch
-        for step in range(sampling.max_new_tokens):
-            logits = [
-                self._next_logits(model, cache, ids, attention_mask, positions)
-                for model, cache in zip(self._models, caches, strict=True)
-            ]
-            drawn, drawn_logprobs = draw(mix(logits, self._shares), noise[rows, step], sampling)
-            alive = ~stopped[rows]
-            responses[rows[alive], step] = drawn[alive]
-            logprobs[rows[alive], step] = drawn_logprobs[alive]
-            ended = alive & torch.isin(drawn, stop_ids)
-            stopped[rows[ended]] = True
-            lengths[rows[ended]] = step + 1
-            alive &= ~ended
-            num_alive = int(alive.sum())
-            if num_alive == 0:
-                break
-            if num_alive <= (1 - COMPACT_AT) * len(rows):
-                rows, drawn, positions, attention_mask = (t[alive] for t in (rows, drawn, positions, attention_mask))
-                for cache in caches:
-                    cache.batch_select_indices(alive.nonzero()[:, 0])
-            ids = drawn[:, None]
-            positions = positions[:, -1:] + 1
-            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], dim=1)
-        return self._collect(requests, responses, logprobs, lengths, stopped)
+    def _head(self, model: PreTrainedModel) -> LMHead:
+        head = lm_head(model, vocab_size=self._vocab_size, end_ids=self._end_ids)
+        return replace(head, weight=head.weight.to(self._precision))
 
-    def _next_logits(
-        self, model: PreTrainedModel, cache: DynamicCache, ids: Tensor, attention_mask: Tensor, positions: Tensor
-    ) -> Tensor:
-        with compute_precision(model.device, self._precision):
-            hidden = model.base_model(
-                input_ids=ids,
-                attention_mask=attention_mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state[:, -1]
-        return head_logits(hidden, lm_head(model, vocab_size=self._vocab_size))
+    def _room_needed(self, rows: int, waiting: int, decodings: Sequence[Decoding]) -> float:
+        """Free rows at which those that wait are let in."""
+        if not waiting:
+            return math.inf
+        if not all(decoding.refills for decoding in decodings):
+            return rows
+        return min(REFILL_AT * rows, waiting)
 
-    def _left_pad(self, rows: list[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:
-        width = max(map(len, rows))
-        ids = [[self._pad_id] * (width - len(row)) + list(row) for row in rows]
-        mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    def _rollout(self, answer: Answer, sampling: Sampling) -> Rollout:
+        reason: FinishReason = "stop" if answer.ids[-1] in sampling.stop_ids else "length"
+        return Rollout(
+            answer.request.prompt,
+            tuple(answer.ids),
+            tuple(answer.logprobs),
+            reason,
+            answer.request.sample,
+            self._version,
+            self._source,
+        )
 
-    def _collect(
-        self, requests: list[_Request], responses: Tensor, logprobs: Tensor, lengths: Tensor, stopped: Tensor
-    ) -> dict[int, Rollout]:
-        rollouts = {}
-        columns = zip(requests, responses.tolist(), logprobs.tolist(), lengths.tolist(), stopped.tolist(), strict=True)
-        for request, ids, values, length, has_stopped in columns:
-            reason: FinishReason = "stop" if has_stopped else "length"
-            rollouts[request.place] = Rollout(
-                request.prompt,
-                tuple(ids[:length]),
-                tuple(values[:length]),
-                reason,
-                request.sample,
-                self._version,
-                self._source,
-            )
-        return rollouts
+
+def _admit(decodings: Sequence[Decoding], requests: Sequence[Request]) -> list[Tensor]:
+    """Hidden states of new rows by every model; samples of one prompt share its run."""
+    prompts = list(dict.fromkeys(request.prompt.prompt_ids for request in requests))
+    places = {prompt: place for place, prompt in enumerate(prompts)}
+    which = [places[request.prompt.prompt_ids] for request in requests]
+    return [decoding.admit(prompts, which) for decoding in decodings]
+
+
+def _logits(hidden: Tensor, head: LMHead) -> Tensor:
+    """[rows, V]. In the precision of the head, so that its weights are never copied."""
+    rows = len(hidden)
+    if not hidden.is_cuda:
+        hidden = F.pad(hidden, (0, 0, 0, rows_of_product(rows, head.weight.numel()) - rows))
+    return head_logits(hidden.to(head.weight.dtype), head)[:rows]

@@ -9,8 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from poweropd.objectives.lm_head import SEGMENT, likeliest
 from poweropd.rollout.engine import Sampling
 from poweropd.types import Prompt
+
+LOOKED_AT = 256  # likeliest tokens among which a truncation is sought first
 
 
 def uniforms(prompt: Prompt, sample: int | str, *, seed: int, count: int) -> Tensor:
@@ -48,25 +51,61 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, T
         Token ids [B], and their log-probabilities [B] under the distribution drawn from, fp32 (0 when greedy).
     """
     if sampling.temperature == 0:
-        return logits.argmax(dim=1), logits.new_zeros(len(logits))
-    logprobs = torch.log_softmax(logits / sampling.temperature, dim=1)
-    truncated = sampling.top_k or sampling.top_p < 1 or sampling.min_p > 0
-    if not truncated:
-        ids = _invert(logprobs.exp(), uniform)
-        return ids, logprobs.gather(1, ids[:, None])[:, 0]
-    keep = min(sampling.top_k or logits.shape[1], logits.shape[1])
-    sorted_logprobs, order = logprobs.topk(keep, dim=1)
-    probabilities = torch.softmax(sorted_logprobs, dim=1)
-    before = probabilities.cumsum(dim=1) - probabilities
-    dropped = (before >= sampling.top_p) | (probabilities < sampling.min_p * probabilities[:, :1])
+        return likeliest(logits), logits.new_zeros(len(logits))
+    if sampling.temperature != 1:
+        logits = logits / sampling.temperature
+    probabilities = torch.softmax(logits, dim=1)
+    if sampling.top_k or sampling.top_p < 1 or sampling.min_p > 0:
+        return _draw_truncated(probabilities, uniform, sampling, looked_at=sampling.top_k or LOOKED_AT)
+    ids = _invert(probabilities, uniform)
+    return ids, probabilities.gather(1, ids[:, None])[:, 0].log()
+
+
+def _draw_truncated(
+    probabilities: Tensor, uniform: Tensor, sampling: Sampling, looked_at: int
+) -> tuple[Tensor, Tensor]:
+    """`draw` where some tokens are left out, from the likeliest `looked_at` or, where these do not tell, from more."""
+    looked_at = min(looked_at, probabilities.shape[1])
+    sorted_probabilities, order = probabilities.topk(looked_at, dim=1)
+    if sampling.top_k:
+        sorted_probabilities /= sorted_probabilities.sum(dim=1, keepdim=True)
+    before = sorted_probabilities.cumsum(dim=1) - sorted_probabilities
+    dropped = (before >= sampling.top_p) | (sorted_probabilities < sampling.min_p * sorted_probabilities[:, :1])
     dropped[:, 0] = False
-    kept_logprobs = torch.log_softmax(sorted_logprobs.masked_fill(dropped, -torch.inf), dim=1)
-    place = _invert(kept_logprobs.exp(), uniform)[:, None]
-    return order.gather(1, place)[:, 0], kept_logprobs.gather(1, place)[:, 0]
+    kept = sorted_probabilities.masked_fill(dropped, 0)
+    kept /= kept.sum(dim=1, keepdim=True)
+    place = _invert(kept, uniform)[:, None]
+    ids, logprobs = order.gather(1, place)[:, 0], kept.gather(1, place)[:, 0].log()
+    more = ~dropped[:, -1]  # once a token is left out, so are all less likely ones
+    if not sampling.top_k and looked_at < probabilities.shape[1] and more.any():
+        ids[more], logprobs[more] = _draw_truncated(probabilities[more], uniform[more], sampling, 16 * looked_at)
+    return ids, logprobs
 
 
 def _invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """The index at which the cumulative probability passes `uniform`; never one of probability zero."""
-    cumulative = probabilities.double().cumsum(dim=1)
-    level = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, level, right=True).clamp(max=probabilities.shape[1] - 1)[:, 0]
+    """The index [B] at which the cumulative probability [B, V] passes `uniform`; never one of probability zero.
+
+    Large vocabularies are summed by segments, then the tokens of one segment. What is summed over the whole vocabulary is
+    in float64, so that the least likely tokens come as often as they should.
+    """
+    size = probabilities.shape[1]
+    if size <= 4 * SEGMENT:
+        return _passed(probabilities, uniform[:, None])[0][:, 0]
+    whole = size // SEGMENT * SEGMENT
+    sums = probabilities[:, :whole].unflatten(1, (-1, SEGMENT)).sum(dim=2)
+    if whole < size:
+        sums = torch.cat([sums, probabilities[:, whole:].sum(dim=1, keepdim=True)], dim=1)
+    segment, missing = _passed(sums, uniform[:, None])
+    ids = segment * SEGMENT + torch.arange(SEGMENT, device=segment.device)
+    inside = probabilities.gather(1, ids.clamp(max=size - 1)).masked_fill_(ids >= size, 0)
+    into_segment = (1 - missing / sums.gather(1, segment)).clamp(0, 1)
+    return ids.gather(1, _passed(inside, into_segment)[0])[:, 0]
+
+
+def _passed(weights: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the cumulative weight [B, W] passes a share [B, 1] of all: the index, and what that weight exceeds it by."""
+    cumulative = weights.cumsum(dim=1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    level = torch.minimum(share * total, total.nextafter(torch.zeros_like(total)))
+    index = torch.searchsorted(cumulative, level, right=True)
+    return index, cumulative.gather(1, index) - level
