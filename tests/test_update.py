@@ -45,7 +45,7 @@ def gradient_of(
     student.optimizer.zero_grad()
     reference = None
     if objective.needs_of_reference != "nothing":
-        reference = HFTeacher(make_model(hidden_size=20, seed=7), vocab_size=512)
+        reference = HFTeacher(make_model(hidden_size=20, seed=7), vocab_size=512, end_ids=student.head.end_ids)
     scored = judge(rollouts, objective, teacher, reference)
     how = MicroBatches(tokens=tokens, **settings)
     result = accumulate_gradient(student, scored, objective, how, version=version)
@@ -192,11 +192,16 @@ def test_forwards_per_trained_token(
     assert sum(by_teacher) == teacher_forwards * fed(rollouts)
 
 
+MERGED = tuple(range(60))  # so many that some answers end with one
+
+
 def sampled_rollouts(model: PreTrainedModel) -> list[Rollout]:
-    """The student's own: two answers to each of three prompts."""
+    """The student's own: two answers to each of three prompts, whose ends count as one outcome."""
     prompts = [rollout.prompt for rollout in make_rollouts([(3, 1), (6, 1), (1, 1)])]
-    sampling = Sampling(stop_ids=(END,), max_new_tokens=12, samples_per_prompt=2)
-    return HFEngine(model, vocab_size=512, pad_id=END).generate(prompts, sampling, seed=5)
+    sampling = Sampling(stop_ids=MERGED, max_new_tokens=12, samples_per_prompt=2)
+    rollouts = HFEngine(model, vocab_size=512, pad_id=END, end_ids=MERGED).generate(prompts, sampling, seed=5)
+    assert {rollout.finish_reason for rollout in rollouts} == {"stop", "length"}
+    return rollouts
 
 
 @pytest.mark.parametrize(
@@ -210,10 +215,9 @@ def sampled_rollouts(model: PreTrainedModel) -> list[Rollout]:
         "power normalize=zscore reference_kl=0.1 reference_kl_form=full",
     ],
 )
-def test_rollouts_tell_what_a_forward_would(
-    name: str, make_student: Callable[..., Student], teacher: HFTeacher
-) -> None:
-    student, objective = make_student(), built(name)
+def test_rollouts_tell_what_a_forward_would(name: str, make_student: Callable[..., Student]) -> None:
+    student, objective = make_student(end_ids=MERGED), built(name)
+    teacher = HFTeacher(make_model(hidden_size=24, seed=1), vocab_size=512, end_ids=MERGED)
     rollouts = sampled_rollouts(student.model)
     seen = positions_seen(student.model)
     slow, gradient = gradient_of(student, teacher, rollouts, objective, tokens=30)
@@ -227,10 +231,9 @@ def test_rollouts_tell_what_a_forward_would(
 
 
 @pytest.mark.parametrize("why", ["entropies", "exact baseline", "another version", "untold", "teacher", "reshaped"])
-def test_rollouts_that_do_not_tell_cost_a_forward(
-    why: str, make_student: Callable[..., Student], teacher: HFTeacher
-) -> None:
-    student = make_student()
+def test_rollouts_that_do_not_tell_cost_a_forward(why: str, make_student: Callable[..., Student]) -> None:
+    student = make_student(end_ids=MERGED)
+    teacher = HFTeacher(make_model(hidden_size=24, seed=1), vocab_size=512, end_ids=MERGED)
     rollouts = sampled_rollouts(student.model)
     name = {"entropies": "reopold", "exact baseline": "power baseline=exact normalize=zscore"}.get(why, "zscore")
     if why == "untold":

@@ -27,25 +27,24 @@ def group_by_tokens(rollouts: Sequence[Rollout], tokens: int, *, packed: bool) -
     lengths = [_fed(rollout) for rollout in rollouts]
     order = sorted(range(len(rollouts)), key=lambda index: -lengths[index])
 
+    def fits(size: int, padded: int, limit: int) -> bool:
+        return size <= limit if packed else padded <= min(limit, max(PADDING * size, ENOUGH))
+
     def fill(limit: int) -> list[list[int]]:
         groups: list[list[int]] = []
-        size = 0
+        size = longest = 0
         for index in order:
-            longest, number = (lengths[groups[-1][0]], len(groups[-1]) + 1) if groups else (0, 0)
             size += lengths[index]
-            padded = longest * number
-            fits = size <= limit if packed else padded <= limit and (padded <= PADDING * size or padded <= ENOUGH)
-            if groups and fits:
+            if groups and fits(size, longest * (len(groups[-1]) + 1), limit):
                 groups[-1].append(index)
             else:
                 groups.append([index])
-                size = lengths[index]
+                size = longest = lengths[index]
         return groups
 
     fewest = len(fill(tokens))
-    return fill(
-        bisect_left(range(tokens), -fewest, lo=1, key=lambda limit: -len(fill(limit)))
-    )  # the lowest limit for so few
+    least = bisect_left(range(tokens), -fewest, lo=1, key=lambda limit: -len(fill(limit)))
+    return fill(least)  # the lowest limit under which they are as few
 
 
 def collate(
@@ -92,6 +91,7 @@ def collate(
         told = (r.rollout_logprobs if r.source in sources else repeat(torch.nan, len(r)) for r in rollouts)
         return trained(torch.tensor([*chain.from_iterable(told)], dtype=torch.float32))
 
+    on_policy = all(rollout.source in ("student", "golden") for rollout in rollouts)
     scores, references = [item.scores for item in scored], [item.reference for item in scored]
     return TokenBatch(
         input_ids=_ids(chain.from_iterable((*r.prompt.prompt_ids, *r.response_ids[:-1]) for r in rollouts)),
@@ -104,7 +104,7 @@ def collate(
             top_ids=together(score.top_ids for score in scores),
             top_logprobs=together(score.top_logprobs for score in scores),
             top1_ids=together(score.top1_ids for score in scores),
-            rollout_logprobs=logprobs("teacher", "mixture"),
+            rollout_logprobs=None if on_policy else logprobs("teacher", "mixture"),
             reference_logprobs=together(reference.logprobs for reference in references),
             teacher=distribution(score.distribution for score in scores),
             reference=distribution(reference.distribution for reference in references),

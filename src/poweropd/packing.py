@@ -161,30 +161,29 @@ def _attention(
     """
     if packing is None:
         return PADDED_ATTENTION(module, query, key, value, attention_mask, **settings)
-    scaling, dropout = settings.pop("scaling", None), settings.pop("dropout", 0.0)
-    is_causal = settings.pop("is_causal", None)
-    others = {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT}
-    unknown = [name for name, value in others.items() if value is not None and value is not False]
-    if unknown or not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        raise ValueError(f"packed attention is causal and knows no {', '.join(unknown)}")
+    asked = {name: value for name, value in settings.items() if value is not None and name not in WITHOUT_EFFECT}
+    scale, dropout = asked.pop("scaling", None), asked.pop("dropout", 0.0)
+    if not asked.pop("is_causal", getattr(module, "is_causal", True)) or any(
+        value is not False for value in asked.values()
+    ):
+        raise ValueError(f"packed attention is causal and no more; asked for: {', '.join(asked) or 'not causal'}")
     if torch.is_autocast_enabled(query.device.type):  # or the padded rows would be cast once more
         dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = (states.to(dtype) for states in (query, key, value))
-    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
-    parts = []
-    for group in packing.groups:
-        padded = [group.pad(states).transpose(1, 2) for states in (query, key, value)]
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    heads_a_key = query.shape[1] // key.shape[1]
+    if query.is_cuda and query.dtype == torch.float32:  # for which the lean kernel knows no shared keys
+        key, value = key.repeat_interleave(heads_a_key, dim=1), value.repeat_interleave(heads_a_key, dim=1)
+        heads_a_key = 1
+
+    def attend(rows: RowGroup) -> Tensor:
+        q, k, v = (rows.pad(states[0].transpose(0, 1)).transpose(1, 2) for states in (query, key, value))
+        shares_keys = heads_a_key > 1
         attended = scaled_dot_product_attention(
-            padded[0],
-            padded[1],
-            padded[2],
-            is_causal=True,
-            scale=scaling,
-            dropout_p=dropout,
-            enable_gqa=query.shape[1] != key.shape[1],
+            q, k, v, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=shares_keys
         )
-        parts.append(group.unpad(attended.transpose(1, 2)))
-    return torch.cat(parts)[None], None
+        return rows.unpad(attended.transpose(1, 2))
+
+    return torch.cat([attend(rows) for rows in packing.groups])[None], None
 
 
 AttentionInterface.register(ATTENTION, _attention)

@@ -37,7 +37,8 @@ class TeacherConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of its weights. `auto`: bfloat16 on a GPU, float32 on a CPU."""
     tokens_per_batch: Positive = 16384
-    """Tokens scored in one forward pass."""
+    """Tokens scored in one forward pass; padding counts too for models that cannot do without, such as those with sliding
+    windows."""
     weight: Share | None = None
     """Its share of the mixture of all `teachers`; they sum to 1."""
 
@@ -192,7 +193,8 @@ class TrainConfig(Section):
     prompts_per_step: Positive = 32
     """Prompts of one optimizer step."""
     tokens_per_micro_batch: Positive = 16384
-    """Padded tokens in one forward and backward pass; the gradient does not depend on it."""
+    """Tokens in one forward and backward pass; the gradient does not depend on it. Padding counts too for models that
+    cannot do without, such as those with sliding windows."""
     seed: NonNegative = 0
     """Decides data order and every sample."""
     threads: Positive | None = None

@@ -181,8 +181,7 @@ def _groups(scored: Sequence[ScoredRollout], tokens: int, *, packed: bool) -> It
 
 def _batch(scored: Sequence[ScoredRollout], student: Student, how: MicroBatches) -> TokenBatch:
     batch = collate(scored, masked_end_ids=how.masked_end_ids, masked_ids=how.masked_ids)
-    on_policy = all(item.rollout.source in ("student", "golden") for item in scored)
-    if how.importance_cap is None or on_policy:
+    if how.importance_cap is None:
         batch = replace(batch, inputs=replace(batch.inputs, rollout_logprobs=None))
     return batch.to(student.device)
 
