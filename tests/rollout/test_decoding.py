@@ -238,7 +238,7 @@ def test_rows_of_one_prompt_share_its_run(monkeypatch: pytest.MonkeyPatch) -> No
     )
     run.admit([[3, 4, 5], [6, 7]], [0, 0, 0, 1, 1])
     run.step(torch.tensor([8, 9, 10, 11, 12]))
-    assert tokens == [6, 5]  # two padded prompts; five rows
+    assert tokens == [5, 5]  # of two prompts; of five rows
 
 
 @torch.no_grad()

@@ -79,6 +79,7 @@ class Batch:
         self._lengths[new] = 0
         self._requests += requests
 
+    @torch.inference_mode()
     def draw(self, logits: Tensor) -> None:
         """Draw the next token of the last `len(logits)` rows from logits [rows, V]."""
         rows = slice(len(self) - len(logits), len(self))

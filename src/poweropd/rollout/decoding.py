@@ -15,7 +15,7 @@ from poweropd.rollout.cache import KeyValueCache
 from poweropd.rollout.llama import Llama, is_llama
 from poweropd.rollout.replay import Replay
 
-PREFILL_TOKENS = 4096  # padded tokens of prompts run at once
+PREFILL_TOKENS = 2048  # padded tokens of prompts run at once
 CHECKED = (7, 3, 1, 5)  # tokens of the prompts on which a lean decoding is compared with transformers
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest hidden state
 TOLERANCE_OF_FULL = 1e-3
@@ -59,7 +59,7 @@ def rows_of_product(rows: int, weights: int) -> int:
 
 
 class LeanDecoding:
-    """Runs a `Llama` with a `KeyValueCache`.
+    """Runs a `Llama` with a `KeyValueCache`, in inference mode: a step is many small operations, which then cost less.
 
     Args:
         model: see `is_llama`.
@@ -88,6 +88,7 @@ class LeanDecoding:
         self._lengths = torch.zeros(rows, dtype=torch.long, device=llama.device)  # tokens in each slot
         self._longest = 0  # of the rows at work
 
+    @torch.inference_mode()
     def admit(self, prompts: Sequence[Sequence[int]], which: Sequence[int]) -> Tensor:
         device = self._llama.device
         self._cache.reserve(max(map(len, prompts)))
@@ -103,25 +104,36 @@ class LeanDecoding:
         return torch.cat(hidden)[of_rows]
 
     def _prefill(self, prompts: Sequence[Sequence[int]], lengths: Tensor, rows: Tensor, which: Tensor) -> Tensor:
-        """Hidden states [prompts, H] of the last tokens; keys and values of prompts `which` go to `rows`."""
-        padded = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(lengths.device)
-        count, width = padded.shape
+        """Hidden states [prompts, H] of the last tokens; keys and values of prompts `which` go to `rows`.
+
+        Tokens stand one behind the other; only attention has them padded, behind the end of each prompt.
+        """
+        device = lengths.device
+        count, width = len(prompts), max(map(len, prompts))
+        ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+        places = (torch.arange(width, device=device) < lengths[:, None]).flatten().nonzero()[:, 0]
+
+        def pad(heads: Tensor) -> Tensor:
+            return (
+                heads.new_zeros(count * width, *heads.shape[1:])
+                .index_copy_(0, places, heads)
+                .unflatten(0, (count, width))
+            )
 
         def attend(layer: int, *heads: Tensor) -> Tensor:
-            # Padding stands behind all tokens of its row: causal attention never sees it.
-            queries, keys, values = (each.unflatten(0, (count, width)) for each in heads)
+            queries, keys, values = map(pad, heads)
             self._cache.keys[layer][rows, :width] = keys[which]
             self._cache.values[layer][rows, :width] = values[which]
             queries, keys, values = (each.transpose(1, 2) for each in (queries, keys, values))
             found = F.scaled_dot_product_attention(
                 queries, keys, values, is_causal=True, scale=self._llama.scale, enable_gqa=True
             )
-            return found.transpose(1, 2).flatten(0, 1)
+            return found.transpose(1, 2).flatten(0, 1)[places]
 
-        positions = torch.arange(width, device=padded.device).repeat(count)
-        hidden = self._llama(padded.flatten(), positions, attend)
-        return self._llama.final(hidden[torch.arange(count, device=padded.device) * width + lengths - 1])
+        hidden = self._llama(ids, places % width, attend)
+        return self._llama.final(hidden[lengths.cumsum(0) - 1])
 
+    @torch.inference_mode()
     def step(self, ids: Tensor) -> Tensor:
         self._longest += 1
         if self._cache.reserve(self._longest):
@@ -161,6 +173,7 @@ class LeanDecoding:
 
         return self._llama.final(self._llama(self._ids[:rows], positions, attend))
 
+    @torch.inference_mode()
     def keep(self, move: Move) -> None:
         self._cache.move(move.gaps, move.sources, self._longest)
         self._lengths[move.gaps] = self._lengths[move.sources]
