@@ -87,12 +87,16 @@ def kit(
     )
 
 
-def as_rollouts(pairs: Sequence[Pair], sampler: HFTeacher) -> list[Rollout]:
-    """Given answers as if `sampler`, the untrained student, had drawn them."""
-    rollouts = [
-        Rollout(Prompt(str(place), pair.prompt), pair.response, (0.0,) * len(pair.response), "length")
+def as_rollouts(pairs: Sequence[Pair]) -> list[Rollout]:
+    """Given answers, whose sampler told nothing of them."""
+    return [
+        Rollout(Prompt(str(place), pair.prompt), pair.response, (torch.nan,) * len(pair.response), "length")
         for place, pair in enumerate(pairs)
     ]
+
+
+def as_drawn(rollouts: Sequence[Rollout], sampler: HFTeacher) -> list[Rollout]:
+    """The same as if `sampler`, the untrained student, had drawn them."""
     told = [scores.logprobs for scores in sampler.score(rollouts, needs="sampled")]
     return [
         replace(rollout, rollout_logprobs=tuple(logprobs.tolist()))
@@ -128,9 +132,9 @@ def score(
     settings = {} if alpha is None else {"alpha": alpha}
     own = kit(shape, objective, settings=settings, precision=precision, micro_batch=micro_batch)
     sampler = HFTeacher(build(own.shape, "student"), vocab_size=own.shape.vocabulary, tokens_per_batch=micro_batch)
-    judged = own.judge(as_rollouts(random_rollouts(own.shape, 1, prompt=prompt, response=32), sampler))
+    judged = own.judge(as_rollouts(random_rollouts(own.shape, 1, prompt=prompt, response=32)))
     accumulate_gradient(own.student, judged, own.objective, own.how, version=0, keep=0)
-    given = as_rollouts(random_rollouts(own.shape, rollouts, prompt=prompt, response=response), sampler)
+    given = as_drawn(as_rollouts(random_rollouts(own.shape, rollouts, prompt=prompt, response=response)), sampler)
     del sampler
     for _ in range(turns.count):
         own.student.optimizer.zero_grad()
