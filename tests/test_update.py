@@ -49,7 +49,8 @@ def gradient_of(
     scored = judge(rollouts, objective, teacher, reference)
     how = MicroBatches(tokens=tokens, **settings)
     result = accumulate_gradient(student, scored, objective, how, version=version)
-    return result, torch.cat([p.grad.flatten() for p in student.model.parameters() if p.grad is not None])
+    gradients = [p.grad.flatten() for p in student.model.parameters() if p.grad is not None]
+    return result, torch.cat([torch.zeros(0), *gradients])
 
 
 def logprobs_of(model: torch.nn.Module, rollouts: list[Rollout]) -> Tensor:
@@ -93,12 +94,13 @@ def test_the_order_of_rollouts_does_not_matter(
     assert (other - gradient).norm() <= 1e-5 * gradient.norm()
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", ["power", "log_ratio", "zscore", "reverse_kl", "forward_kl"])
 def test_gradient_equals_plain_autograd_over_all_logits(
-    name: str, make_student: Callable[..., Student], teacher: HFTeacher
+    name: str, make_student: Callable[..., Student], teacher: HFTeacher, *, tied: bool
 ) -> None:
     """The whole path, models included, against a loop over rollouts that builds every logit."""
-    student, rollouts = make_student(), make_rollouts(LENGTHS)
+    student, rollouts = make_student(make_model(tie_word_embeddings=tied)), make_rollouts(LENGTHS)
     _, gradient = gradient_of(student, teacher, rollouts, name, tokens=30)
     q, p = logprobs_of(student.model, rollouts), logprobs_of(teacher._model, rollouts).detach()
     tokens = torch.cat([torch.tensor(rollout.response_ids) for rollout in rollouts])[:, None]
@@ -113,6 +115,26 @@ def test_gradient_equals_plain_autograd_over_all_logits(
     }[name]()
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(student.model.parameters()))])
     assert (gradient - expected).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["power", "zscore", "reverse_kl"])
+def test_rollouts_with_nothing_to_train_on_change_nothing(
+    name: str, make_student: Callable[..., Student], teacher: HFTeacher
+) -> None:
+    """Each in a micro-batch of its own, which then has no loss token."""
+    student, rollouts = make_student(), make_rollouts(LENGTHS)
+    one = next(rollout for rollout in rollouts if len(rollout) == 1)
+    rest = [rollout for rollout in rollouts if rollout is not one]
+    masked = {"masked_ids": [9]}
+    untrained = replace(one, response_ids=(9,))
+    rest = [replace(r, response_ids=tuple(id + (id == 9) for id in r.response_ids)) for r in rest]
+    whole, gradient = gradient_of(student, teacher, [untrained, *rest], name, tokens=1, **masked)
+    assert whole.num_loss_tokens == sum(map(len, rest))
+    _, other = gradient_of(student, teacher, rest, name, **masked)
+    assert (other - gradient).norm() <= 1e-5 * gradient.norm()
+    for nothing in ([untrained], []):
+        found, gradient = gradient_of(student, teacher, nothing, name, **masked)
+        assert (found.loss, found.num_loss_tokens, gradient.count_nonzero()) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("tokens", [1, 30, 10_000])

@@ -17,8 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 ATTENTION = "poweropd"  # our name among the attention implementations of transformers
 PADDED_ATTENTION = AttentionInterface()["sdpa"]
 SPARE = 1.25  # a group of rows is padded to this many times its tokens at most
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # relative; other dtypes:
-HALF_TOLERANCE = 5e-2  # a row that sees another row is off by far more, rounding by less
+TOLERANCE, HALF_TOLERANCE = 1e-3, 5e-2  # relative; a row that sees another is off by far more, rounding by less
 WITHOUT_EFFECT = {"position_ids", "use_cache", "output_attentions"}  # told to every attention, used by none
 UNFIT = (TypeError, ValueError, RuntimeError, LookupError, AttributeError)  # what a model may answer to packed rows
 
@@ -137,7 +136,7 @@ def enable_packing(model: PreTrainedModel) -> bool:
     except UNFIT:
         fits = False
     else:
-        tolerance = TOLERANCE.get(model.dtype, HALF_TOLERANCE)
+        tolerance = TOLERANCE if model.dtype.itemsize >= 4 else HALF_TOLERANCE
         pairs = zip(together, alone, strict=True)
         fits = takes_packs(model) and all((one - own).norm() <= tolerance * own.norm() for one, own in pairs)
     if not fits:
