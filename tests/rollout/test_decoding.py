@@ -170,9 +170,9 @@ def check_against_whole_passes(model: PreTrainedModel, run: Decoding, tolerance:
 
 
 @pytest.mark.parametrize("name", FAMILY)
-@pytest.mark.parametrize("fused", [True, False])
-def test_a_lean_decoding_equals_transformers(name: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: FBT001
-    monkeypatch.setattr(llama, "FUSED_PARAMETERS", 20_000_000 if fused else 0)
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_lean_decoding_equals_transformers(name: str, copied: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: FBT001
+    monkeypatch.setattr(llama, "COPIED_WEIGHTS", 32_000_000 if copied else 0)
     model = spread(FAMILY[name]())
     run = decoder(model).start(rows=6, tokens=TOKENS)
     assert isinstance(run, LeanDecoding)

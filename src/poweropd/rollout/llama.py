@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from poweropd.objectives.lm_head import wide
 
-FUSED_PARAMETERS = 20_000_000  # up to so many, copies with fused projections cost less than the calls they save
+COPIED_WEIGHTS = 32_000_000  # of all layers; up to so many, copies cost less time than they save
 
 BASE = {"embed_tokens", "layers", "norm", "rotary_emb"}
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -91,14 +91,14 @@ class _Norm:
 
 
 class _Linear(NamedTuple):
-    """Linear maps of one input, their outputs side by side: one product where they are fused, else one each."""
+    """Linear maps of one input [N, in], outputs side by side: weights [in, out] and biases, of each or of all fused."""
 
     parts: list[tuple[Tensor, Tensor | None]]
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.to(self.parts[0][0].dtype)
-        outputs = [F.linear(x, weight, bias) for weight, bias in self.parts]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        outputs = [torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight) for weight, bias in self.parts]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 class _Layer(NamedTuple):
@@ -117,7 +117,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class Llama:
-    """The weights of a model as they are when this is made: its own tensors, or copies where those are faster.
+    """The weights of a model as they are when this is made: its own tensors, or copies where these are faster.
 
     Args:
         model: see `is_llama`.
@@ -134,8 +134,11 @@ class Llama:
         self.query_heads = attention.q_proj.out_features // self.head_size
         self.key_heads = attention.k_proj.out_features // self.head_size
         self.scale: float = attention.scaling
-        self.weights: int = base.layers[0].mlp.gate_proj.weight.numel()  # of one matrix
-        self._fused = self.dtype != model.dtype or model.num_parameters() <= FUSED_PARAMETERS
+        weights = sum(parameter.numel() for parameter in base.layers.parameters())
+        self._copies = self.dtype != model.dtype or weights <= COPIED_WEIGHTS
+        self.weights = (
+            0 if self._copies else base.layers[0].mlp.gate_proj.weight.numel()
+        )  # of one matrix of the model's
         self._embedding = base.embed_tokens.weight.detach()
         self._norm = self._read_norm(base.norm)
         self.layers = [self._read_layer(layer) for layer in base.layers]
@@ -164,10 +167,11 @@ class Llama:
         return _Norm(weight.to(wide(weight.dtype)), norm.variance_epsilon)
 
     def _read_linear(self, *modules: nn.Linear) -> _Linear:
-        weights = [module.weight.detach().to(self.dtype) for module in modules]
+        weights = [module.weight.detach().to(self.dtype).T for module in modules]
         biases = [module.bias.detach().to(self.dtype) for module in modules if module.bias is not None]
-        if self._fused and len(modules) > 1:
-            weights, biases = [torch.cat(weights)], [torch.cat(biases)] if biases else []
+        if self._copies:
+            # Few rows are multiplied up to twice as fast where the weights of one input lie side by side.
+            weights, biases = [torch.cat(weights, dim=1)], [torch.cat(biases)] if biases else []
         if not biases:
             return _Linear([(weight, None) for weight in weights])
         return _Linear(list(zip(weights, biases, strict=True)))
