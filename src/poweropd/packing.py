@@ -78,10 +78,12 @@ class Packing:
 def _similar(lengths: Sequence[int], spare: float) -> Iterator[list[int]]:
     """`lengths` cut where padding would grow too much."""
     group: list[int] = []
+    tokens = longest = 0
     for length in lengths:
-        if group and (len(group) + 1) * max(*group, length) > spare * (sum(group) + length):
+        tokens, longest = tokens + length, max(longest, length)
+        if group and (len(group) + 1) * longest > spare * tokens:
             yield group
-            group = []
+            group, tokens, longest = [], length, length
         group.append(length)
     if group:
         yield group
@@ -162,9 +164,8 @@ def _attention(
         return PADDED_ATTENTION(module, query, key, value, attention_mask, **settings)
     asked = {name: value for name, value in settings.items() if value is not None and name not in WITHOUT_EFFECT}
     scale, dropout = asked.pop("scaling", None), asked.pop("dropout", 0.0)
-    if not asked.pop("is_causal", getattr(module, "is_causal", True)) or any(
-        value is not False for value in asked.values()
-    ):
+    is_causal = asked.pop("is_causal", getattr(module, "is_causal", True))
+    if not is_causal or any(value is not False for value in asked.values()):
         raise ValueError(f"packed attention is causal and no more; asked for: {', '.join(asked) or 'not causal'}")
     if torch.is_autocast_enabled(query.device.type):  # or the padded rows would be cast once more
         dtype = torch.get_autocast_dtype(query.device.type)
