@@ -11,6 +11,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 from conftest import CHAT_END, END, make_model, make_rollouts
 from fakes import FakeEngine
 from poweropd.errors import ConfigError
+from poweropd.rollout import decoding, llama
+from poweropd.rollout.decoding import LeanDecoding
 from poweropd.rollout.engine import RolloutEngine, Sampling
 from poweropd.rollout.golden import GoldenEngine
 from poweropd.rollout.hf import HFEngine
@@ -175,6 +177,23 @@ def test_a_sample_does_not_depend_on_its_batch(kind: str, temperature: float, se
         torch.testing.assert_close(
             torch.tensor(one.rollout_logprobs), torch.tensor(other.rollout_logprobs), atol=1e-5, rtol=0
         )
+
+
+def test_rows_that_only_fill_a_product_change_nothing(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [rollout.prompt for rollout in make_rollouts([(length, 1) for length in range(1, 13)])]
+    sampling = replace(SAMPLING, stop_ids=tuple(range(60)))
+    expected = make_hf(model, sequences_per_batch=10).generate(prompts, sampling, seed=2)
+    monkeypatch.setattr(llama, "COPIED_WEIGHTS", 0)
+    monkeypatch.setattr(decoding, "CACHED_WEIGHTS", 0)
+    shapes = []
+    shape = LeanDecoding._shape
+    monkeypatch.setattr(LeanDecoding, "_shape", lambda self: shapes.append(shape(self)[0]) or shape(self))
+    found = make_hf(model, sequences_per_batch=10).generate(prompts, sampling, seed=2)
+    assert 16 in shapes
+    assert min(shapes) < 7
+    assert [r.response_ids for r in found] == [r.response_ids for r in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one.rollout_logprobs == pytest.approx(other.rollout_logprobs, abs=1e-5)
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])

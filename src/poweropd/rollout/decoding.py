@@ -1,6 +1,7 @@
 """Running a causal language model token by token, over rows that come and go."""
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -51,7 +52,7 @@ class Decoding(Protocol):
 
 
 def rows_of_product(rows: int, weights: int) -> int:
-    """With how many rows a CPU multiplies `rows` rows fastest with a matrix of so many weights.
+    """With how many rows a CPU multiplies `rows` rows fastest with a matrix [out, in] of so many weights.
 
     Of less than 16 rows it takes a few at a time, and reads the matrix from memory for each few again.
     """
@@ -73,7 +74,7 @@ class LeanDecoding:
     def __init__(self, model: PreTrainedModel, *, precision: torch.dtype, rows: int, tokens: int) -> None:
         self._llama = Llama(model, precision=precision, tokens=tokens)
         llama = self._llama
-        rows = rows_of_product(rows, llama.weights)
+        rows = self._rows_of_step(rows)
         self._cache = KeyValueCache(
             layers=len(llama.layers),
             rows=rows,
@@ -91,7 +92,7 @@ class LeanDecoding:
     @torch.inference_mode()
     def admit(self, prompts: Sequence[Sequence[int]], which: Sequence[int]) -> Tensor:
         device = self._llama.device
-        self._cache.reserve(max(map(len, prompts)))
+        self._reserve(max(map(len, prompts)))
         of_rows = torch.tensor(which, device=device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         hidden = []
@@ -114,11 +115,8 @@ class LeanDecoding:
         places = (torch.arange(width, device=device) < lengths[:, None]).flatten().nonzero()[:, 0]
 
         def pad(heads: Tensor) -> Tensor:
-            return (
-                heads.new_zeros(count * width, *heads.shape[1:])
-                .index_copy_(0, places, heads)
-                .unflatten(0, (count, width))
-            )
+            padded = heads.new_zeros(count * width, *heads.shape[1:])
+            return padded.index_copy_(0, places, heads).unflatten(0, (count, width))
 
         def attend(layer: int, *heads: Tensor) -> Tensor:
             queries, keys, values = map(pad, heads)
@@ -136,20 +134,26 @@ class LeanDecoding:
     @torch.inference_mode()
     def step(self, ids: Tensor) -> Tensor:
         self._longest += 1
-        if self._cache.reserve(self._longest):
-            self._replay.forget()
+        self._reserve(self._longest)
         self._ids[: self._rows] = ids
         shape = self._shape()
         hidden = (self._replay(self._decode, shape) if ids.is_cuda else self._decode(*shape))[: self._rows]
         self._lengths[: self._rows] += 1
         return hidden
 
+    def _reserve(self, tokens: int) -> None:
+        if self._cache.reserve(tokens):
+            self._replay.forget()
+
+    def _rows_of_step(self, rows: int) -> int:
+        return rows if self._llama.copied else rows_of_product(rows, self._llama.matrix_size)
+
     def _shape(self) -> tuple[int, int]:
         """Rows and tokens that a step runs over. On a GPU they are rounded up, so that few shapes occur."""
         if self._ids.is_cuda:
             rows = min(1 << (self._rows - 1).bit_length(), len(self._ids))
             return rows, min(-(-self._longest // GPU_WIDTH) * GPU_WIDTH, self._cache.capacity)
-        return rows_of_product(self._rows, self._llama.weights), self._longest
+        return self._rows_of_step(self._rows), self._longest
 
     def _decode(self, rows: int, width: int) -> Tensor:
         """Hidden states [rows, H] of `self._ids`, each put at the end of its slot; none is longer than `width` with it."""
@@ -258,7 +262,11 @@ class Decoder:
         self._model = model
         self._precision = precision
         self._pad_id = pad_id
-        self.is_lean = is_llama(model) and self._agrees()
+
+    @cached_property
+    def is_lean(self) -> bool:
+        """Whether `LeanDecoding` can stand for the model's own modules: it is tried once, when it is first needed."""
+        return is_llama(self._model) and self._agrees()
 
     def start(self, *, rows: int, tokens: int) -> Decoding:
         """A decoding of at most `rows` rows of at most `tokens` tokens."""

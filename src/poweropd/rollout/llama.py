@@ -74,6 +74,10 @@ def _is_norm(module: nn.Module) -> bool:
     return {name for name, _ in module.named_parameters()} == {"weight"} and hasattr(module, "variance_epsilon")
 
 
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 class _Norm:
     """RMSNorm over the last dimension, in the weight's precision."""
 
@@ -95,9 +99,13 @@ class _Linear(NamedTuple):
 
     parts: list[tuple[Tensor, Tensor | None]]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def outputs(self, x: Tensor) -> list[Tensor]:
+        """Of each part."""
         x = x.to(self.parts[0][0].dtype)
-        outputs = [torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight) for weight, bias in self.parts]
+        return [torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight) for weight, bias in self.parts]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        outputs = self.outputs(x)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
@@ -134,11 +142,8 @@ class Llama:
         self.query_heads = attention.q_proj.out_features // self.head_size
         self.key_heads = attention.k_proj.out_features // self.head_size
         self.scale: float = attention.scaling
-        weights = sum(parameter.numel() for parameter in base.layers.parameters())
-        self._copies = self.dtype != model.dtype or weights <= COPIED_WEIGHTS
-        self.weights = (
-            0 if self._copies else base.layers[0].mlp.gate_proj.weight.numel()
-        )  # of one matrix of the model's
+        self.copied = self.dtype != model.dtype or _size(base.layers) <= COPIED_WEIGHTS
+        self.matrix_size = base.layers[0].mlp.gate_proj.weight.numel()
         self._embedding = base.embed_tokens.weight.detach()
         self._norm = self._read_norm(base.norm)
         self.layers = [self._read_layer(layer) for layer in base.layers]
@@ -169,7 +174,7 @@ class Llama:
     def _read_linear(self, *modules: nn.Linear) -> _Linear:
         weights = [module.weight.detach().to(self.dtype).T for module in modules]
         biases = [module.bias.detach().to(self.dtype) for module in modules if module.bias is not None]
-        if self._copies:
+        if self.copied:
             # Few rows are multiplied up to twice as fast where the weights of one input lie side by side.
             weights, biases = [torch.cat(weights, dim=1)], [torch.cat(biases)] if biases else []
         if not biases:
@@ -188,8 +193,9 @@ class Llama:
         x = F.embedding(ids, self._embedding)
         for number, layer in enumerate(self.layers):
             x += self._attention(number, layer, x, rotation, attend)
-            gate, up = layer.gate_up(layer.mlp_norm(x)).chunk(2, dim=-1)
-            x += layer.down(layer.activation(gate) * up)
+            outputs = layer.gate_up.outputs(layer.mlp_norm(x))
+            gate, up = outputs[0].chunk(2, dim=1) if len(outputs) == 1 else outputs
+            x += layer.down(layer.activation(gate).mul_(up))
         return x
 
     def final(self, x: Tensor) -> Tensor:
