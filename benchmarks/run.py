@@ -109,6 +109,7 @@ def show(known: list[Contest], one: list[str] | None, peers: Path | None, thread
     if python is None:
         sys.exit("that needs the peers' environment: see --peers")
     process = Process(found[0], python, 1, threads)
+    process.wait()
     say(json.dumps(process.turn(), indent=1))
     process.close()
 

@@ -10,6 +10,9 @@ from typing import Any
 OURS = "poweropd"
 SCORED = {"rollouts": 2, "prompt": 32, "response": 1024}  # 2,048 tokens
 ALPHA = 1.0  # at larger ones the reward of a random model's tokens is a denormal number, which slows the naive way
+ROLLOUT_CASES = ("quickstart:student", "512 x 8, V 512", "256 x 4, V 151,936")
+MORE_ROLLOUT_CASES = ("quickstart:teacher", "512 x 8, V 151,936")
+IDLE_GIB = 1.3  # what a contestant holds at most while it waits
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,10 @@ def contests(*, full: bool, bf16: bool) -> list[Contest]:
         Contest("start", (Contestant("starts", "suite.starts:measure"),), rounds=3),
         sampled(bf16=bf16),
         full_vocabulary(bf16=bf16, rounds=5 if full else 3),
-        steps("real vocabulary", prompts=16, micro_batch=8, new_tokens=128 if full else 48, lr=1e-6),
+        steps("real vocabulary", prompts=16, micro_batch=8, new_tokens=128 if full else 32, lr=1e-6),
         steps("quickstart-sized", prompts=32, micro_batch=32, new_tokens=128 if full else 64, lr=1e-6),
-        steps("quickstart", prompts=48, micro_batch=48, new_tokens=160, lr=1e-5, ends=True),
-        rollouts("quickstart", prompts=48, new_tokens=160, stop_share=0),
-        rollouts("quickstart-sized", prompts=48, new_tokens=128, stop_share=1 / 64),
-        rollouts("real vocabulary", prompts=16, new_tokens=48, stop_share=1 / 24),
+        steps("quickstart", prompts=48, micro_batch=48, new_tokens=160, lr=1e-5, ends=True, trainers=TRAINERS[::2]),
+        *map(rollouts, ROLLOUT_CASES + (MORE_ROLLOUT_CASES if full else ())),
         memory(full=full),
         Contest("profile", profiles(), rounds=1),
     ]
@@ -75,7 +76,7 @@ def sampled(*, bf16: bool) -> Contest:
     real = {"shape": "real vocabulary", "alpha": ALPHA, **SCORED}
     naive = [
         Contestant(f"naive, {way}", "suite.naive:score", {**real, "way": way}, group="naive", gib=gib)
-        for way, gib in (("window", 5), ("window, at once", 9), ("one pass", 9))
+        for way, gib in (("window", 4), ("window, at once", 7), ("one pass", 7))
     ]
     return Contest(
         "score and update, sampled",
@@ -112,7 +113,19 @@ def full_vocabulary(*, bf16: bool, rounds: int) -> Contest:
     )
 
 
-def steps(shape: str, *, prompts: int, micro_batch: int, new_tokens: int, lr: float, ends: bool = False) -> Contest:
+TRAINERS = ("DistillationTrainer", "IWOPDTrainer", "GKDTrainer")
+
+
+def steps(
+    shape: str,
+    *,
+    prompts: int,
+    micro_batch: int,
+    new_tokens: int,
+    lr: float,
+    ends: bool = False,
+    trainers: tuple[str, ...] = TRAINERS,
+) -> Contest:
     """Whole training steps; the peers take `micro_batch` prompts in one pass."""
     work = {"shape": shape, "prompts": prompts, "new_tokens": new_tokens, "ends": ends, "lr": lr}
     peers = [
@@ -121,9 +134,9 @@ def steps(shape: str, *, prompts: int, micro_batch: int, new_tokens: int, lr: fl
             "peers.trl_steps:steps",
             {**work, "trainer": trainer, "micro_batch": micro_batch},
             is_peer=True,
-            gib=6 if shape == "real vocabulary" else 1.5,
+            gib=1.5 if shape != "real vocabulary" else 9 if new_tokens > 64 else 6,
         )
-        for trainer in ("DistillationTrainer", "IWOPDTrainer", "GKDTrainer")
+        for trainer in trainers
     ]
     return Contest(
         f"step, {shape}",
@@ -136,18 +149,13 @@ def steps(shape: str, *, prompts: int, micro_batch: int, new_tokens: int, lr: fl
     )
 
 
-def rollouts(shape: str, *, prompts: int, new_tokens: int, stop_share: float) -> Contest:
-    """Sampling of responses of uneven length.
-
-    Args:
-        stop_share: of the vocabulary, that ends a response of a random model; 0: the model's own end token does.
-    """
-    work = {"shape": shape, "prompts": prompts, "new_tokens": new_tokens, "stop_share": stop_share}
+def rollouts(case: str) -> Contest:
+    """Sampling of responses of uneven length, of a case of `rollout.py`."""
     return Contest(
-        f"rollouts, {shape}",
+        f"rollouts, {case}",
         (
-            Contestant(OURS, "suite.sampling:ours", work),
-            Contestant("transformers generate", "suite.sampling:hugging_face", work),
+            Contestant(OURS, "suite.sampling:ours", {"case": case}),
+            Contestant("transformers generate", "suite.sampling:hugging_face", {"case": case}),
         ),
         dropped=1,
     )

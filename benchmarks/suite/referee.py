@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from suite.contests import Contest, Contestant
+from suite.contests import IDLE_GIB, Contest, Contestant
 from suite.results import Results, available_memory
 
 RUN = Path(__file__).parents[1] / "run.py"
@@ -21,13 +22,9 @@ class ContestantError(Exception):
 
 
 class Process:
-    """A contestant that waits for its turns."""
+    """A contestant that gets ready, and then waits for its turns."""
 
     def __init__(self, contestant: Contestant, python: Path, turns: int, threads: int) -> None:
-        room = available_memory() / 2**30
-        if room < contestant.gib:
-            raise ContestantError(f"needs {contestant.gib:g} GiB of memory, {room:.1f} are available")
-        self.name = contestant.name
         self._errors = TemporaryFile("w+")  # noqa: SIM115
         work = json.dumps(contestant.options)
         self._process = subprocess.Popen(
@@ -38,7 +35,10 @@ class Process:
             text=True,
             env=environment(threads),
         )
-        self._answer()  # ready for the first turn
+
+    def wait(self) -> None:
+        """Until it is ready for its first turn."""
+        self._answer()
 
     def turn(self) -> dict[str, Any]:
         """Ask for a turn and wait for what it measured."""
@@ -83,6 +83,7 @@ def environment(threads: int) -> dict[str, str]:
 
 def hold(contest: Contest, results: Results, *, peers: Path | None, threads: int, say: Callable[[str], None]) -> None:
     """All turns of a contest, each written as soon as it is there."""
+    start = time.monotonic()
     entry = results.open(contest.name, {"threads": threads})
     hall = _Hall(contest, entry, results, peers, threads, say)
     try:
@@ -92,13 +93,12 @@ def hold(contest: Contest, results: Results, *, peers: Path | None, threads: int
                 hall.round(counts=True)
                 hall.dismiss()
         else:
-            for contestant in contest.contestants:
-                hall.admit(contestant)
+            hall.admit(*contest.contestants)
             for number in range(contest.dropped + contest.rounds):
                 hall.round(counts=number >= contest.dropped, backwards=number % 2 == 1)
     finally:
         hall.dismiss()
-    entry["done"] = True
+    entry |= {"done": True, "seconds": round(time.monotonic() - start)}
     results.save()
 
 
@@ -118,15 +118,27 @@ class _Hall:
         self._peers, self._threads, self._say = peers, threads, say
         self._present: list[tuple[Contestant, Process]] = []
 
-    def admit(self, contestant: Contestant) -> None:
-        python = self._peers if contestant.is_peer else Path(sys.executable)
-        try:
-            if python is None:
-                raise ContestantError("needs the environment that `make benchmark` makes for the peers")
-            turns = self._contest.dropped + self._contest.rounds
-            self._present.append((contestant, Process(contestant, python, turns, self._threads)))
-        except ContestantError as error:
-            self._fail(contestant, error)
+    def admit(self, *contestants: Contestant) -> None:
+        """Start them side by side, and wait for all."""
+        turns = self._contest.dropped + self._contest.rounds
+        room = available_memory() / 2**30
+        for contestant in contestants:
+            python = self._peers if contestant.is_peer else Path(sys.executable)
+            try:
+                if python is None:
+                    raise ContestantError("needs the environment that `make benchmark` makes for the peers")
+                if contestant.gib > room - IDLE_GIB * len(self._present):
+                    raise ContestantError(
+                        f"needs {contestant.gib:g} GiB of memory beside the others; {room:.1f} are there"
+                    )
+                self._present.append((contestant, Process(contestant, python, turns, self._threads)))
+            except ContestantError as error:
+                self._fail(contestant, error)
+        for contestant, process in list(self._present):
+            try:
+                process.wait()
+            except ContestantError as error:
+                self._remove(contestant, process, error)
 
     def round(self, *, counts: bool, backwards: bool = False) -> None:
         """A turn of everyone present."""
@@ -134,15 +146,13 @@ class _Hall:
             try:
                 turn = process.turn()
             except ContestantError as error:
-                process.close()
-                self._present.remove((contestant, process))
-                self._fail(contestant, error)
+                self._remove(contestant, process, error)
                 continue
+            said = f"  {contestant.name:<28} {turn['wall']:7.2f} s  {turn['cpu']:7.2f} CPU s"
             if counts:
                 self._entry["turns"].setdefault(contestant.name, []).append(turn)
                 self._results.save()
-                rate = f"{turn['tokens'] / turn['wall']:,.0f} tokens/s" if turn.get("tokens") else ""
-                self._say(f"  {contestant.name:<28} {turn['wall']:7.2f} s  {turn['cpu']:7.2f} CPU s  {rate}")
+            self._say(said if counts else f"{said}, to warm up")
         if counts:
             self._send_the_slower_home()
 
@@ -159,6 +169,11 @@ class _Hall:
         for _, process in self._present:
             process.close()
         self._present = []
+
+    def _remove(self, contestant: Contestant, process: Process, error: ContestantError) -> None:
+        process.close()
+        self._present.remove((contestant, process))
+        self._fail(contestant, error)
 
     def _fail(self, contestant: Contestant, error: ContestantError) -> None:
         self._entry["failed"][contestant.name] = str(error)

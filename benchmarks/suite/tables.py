@@ -47,11 +47,12 @@ def machine(data: Data) -> str:
     held = data["contests"].values()
     dates = sorted({entry["date"] for entry in held})
     load = max((entry["load"] for entry in held), default=0.0)
+    minutes = sum(entry.get("seconds", 0) for entry in held) / 60
     trl = facts["trl"] or "not there"
     return (
         f"{facts['cpu']}, {facts['cores']} cores, {facts['memory_gib']:g} GiB, {facts['system']}; {facts['threads']} threads; "
         f"Python {facts['python']}, torch {facts['torch']}, transformers {facts['transformers']}, TRL {trl}; measured "
-        f"{' to '.join(dates[:1] + dates[1:][-1:])}, load at the start of a contest at most {load:g}."
+        f"{' to '.join(dates[:1] + dates[1:][-1:])} in {minutes:.0f} minutes, load at the start of a contest at most {load:g}."
     )
 
 
@@ -202,13 +203,13 @@ def objective_rows(data: Data) -> str:
 
 def rollout_rows(data: Data) -> str:
     rows = []
-    for shape in SHAPES:
-        turns = turns_of(data, f"rollouts, {shape}")
+    for contest in [name for name in data["contests"] if name.startswith("rollouts, ")]:
+        turns = turns_of(data, contest)
         for name, own in turns.items():
             speed = ratio(turns, "transformers generate", name)
             rows.append(
                 [
-                    shape,
+                    contest.removeprefix("rollouts, "),
                     name,
                     f"{median(own, 'tokens'):,.0f}",
                     f"{1 / Spread.of([cost(turn, 'wall') for turn in own]).median:,.0f}",
@@ -216,7 +217,7 @@ def rollout_rows(data: Data) -> str:
                     str(speed) if name == OURS and speed else "",
                 ]
             )
-    return table(("pair", "who", "tokens", "tokens/s", "tokens a CPU s", "speed over generate"), rows)
+    return table(("model", "who", "tokens", "tokens/s", "tokens a CPU s", "speed over generate"), rows)
 
 
 def start_rows(data: Data) -> str:
