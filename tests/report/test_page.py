@@ -164,10 +164,12 @@ def test_zoom_and_back(page: Page) -> None:
     low, high = plot.evaluate(axis)
     assert low == pytest.approx(10, abs=1)
     assert high == pytest.approx(30, abs=1)
-    page.mouse.dblclick(*at(page, "accuracy", 20, 0.45))
-    page.wait_for_function(
-        "whole => document.querySelector('#accuracy .plot')._fullLayout.xaxis.range[1] === whole", arg=whole[1]
-    )
+    for _ in range(10):  # on a busy machine two clicks can be too far apart to be a double one
+        page.mouse.dblclick(*at(page, "accuracy", 20, 0.45))
+        page.wait_for_timeout(500)
+        if plot.evaluate(axis)[1] == whole[1]:
+            break
+    assert plot.evaluate(axis) == whole
 
 
 def test_a_run_is_hidden_everywhere_by_keyboard(page: Page) -> None:
