@@ -47,12 +47,13 @@ def machine(data: Data) -> str:
     held = data["contests"].values()
     dates = sorted({entry["date"] for entry in held})
     load = max((entry["load"] for entry in held), default=0.0)
-    minutes = sum(entry.get("seconds", 0) for entry in held) / 60
+    seconds = [entry.get("seconds") for entry in held]
+    took = f" in {sum(seconds) / 60:.0f} minutes" if seconds and all(seconds) else ""
     trl = facts["trl"] or "not there"
     return (
         f"{facts['cpu']}, {facts['cores']} cores, {facts['memory_gib']:g} GiB, {facts['system']}; {facts['threads']} threads; "
         f"Python {facts['python']}, torch {facts['torch']}, transformers {facts['transformers']}, TRL {trl}; measured "
-        f"{' to '.join(dates[:1] + dates[1:][-1:])} in {minutes:.0f} minutes, load at the start of a contest at most {load:g}."
+        f"{' to '.join(dates[:1] + dates[1:][-1:])}{took}, load at the start of a contest at most {load:g}."
     )
 
 
