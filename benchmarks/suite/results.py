@@ -22,9 +22,9 @@ class Results:
     """
 
     def __init__(self, path: Path, machine: dict[str, Any], *, keep: bool) -> None:
-        self.path = path
+        self.path, self._machine = path, machine
         old = json.loads(path.read_text()) if keep and path.is_file() else {}
-        self.data: dict[str, Any] = {"machine": machine, "contests": old.get("contests", {})}
+        self.data: dict[str, Any] = {"machine": old.get("machine", machine), "contests": old.get("contests", {})}
 
     def is_done(self, contest: str) -> bool:
         return bool(self.data["contests"].get(contest, {}).get("done"))
@@ -33,7 +33,7 @@ class Results:
         """Begin a contest anew: its turns are compared with each other, so those of an earlier try are dropped."""
         now = datetime.now(UTC).date().isoformat()
         entry = {"date": now, "load": round(os.getloadavg()[0], 1), **setting, "turns": {}, "failed": {}, "done": False}
-        self.data["contests"][contest] = entry
+        self.data["machine"], self.data["contests"][contest] = self._machine, entry
         return entry
 
     def save(self) -> None:

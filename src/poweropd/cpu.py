@@ -2,6 +2,7 @@
 
 import ctypes
 import platform
+from functools import cache
 
 import torch
 
@@ -20,9 +21,21 @@ def settle(threads: int | None = None) -> None:
         threads: of torch; None leaves the choice to it.
     """
     torch.set_flush_denormal(True)
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
+    libc = _glibc()
+    if libc is not None:
         libc.mallopt(MMAP_THRESHOLD, KEPT_BLOCK)
         libc.mallopt(TRIM_THRESHOLD, KEPT_HEAP)
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+def make_room(size: int) -> None:
+    """Before a tensor of `size` bytes that is too large to be kept: the kernel gets back what lies free, in its stead."""
+    libc = _glibc()
+    if libc is not None and size > KEPT_BLOCK:
+        libc.malloc_trim(0)
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None

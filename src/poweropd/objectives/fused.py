@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from poweropd.objectives.lm_head import Distribution, LMHead, LogProbs, Tiles, blocks, likeliest, wide
+from poweropd.objectives.lm_head import Distribution, LMHead, LogProbs, blocks, likeliest, wide
 from poweropd.objectives.positions import TokenInputs
-from poweropd.objectives.softmax import read_rows
+from poweropd.objectives.softmax import score_rows
 from poweropd.objectives.sweeps import Loss, LossTerms, sweep
 
 
@@ -42,15 +42,10 @@ def token_scores(hidden: Tensor, head: LMHead, target_ids: Tensor, *, k: int = 0
     head = replace(head, weight=head.weight.to(hidden.dtype))
     if k:
         return distribution_scores(Distribution((hidden,), (head,)), target_ids, k=k)
-    targets = head.canonical(target_ids)[:, None]
-    logprobs, entropies = hidden.new_empty((2, len(hidden)), dtype=wide(hidden.dtype))
-    top1_ids = torch.empty_like(target_ids)
-    tiles = Tiles(hidden, head)
-    for tile in tiles:
-        read = read_rows(tiles.products(tile), head, targets[tile])
-        logprobs[tile], entropies[tile], top1_ids[tile] = read.logprobs[:, 0], read.entropies, read.top1_ids
+    read = score_rows(hidden, head, head.canonical(target_ids)[:, None])
     none = (len(hidden), 0)
-    return TokenScores(logprobs, entropies, target_ids.new_empty(none), logprobs.new_empty(none), top1_ids)
+    nothing = target_ids.new_empty(none), read.entropies.new_empty(none)
+    return TokenScores(read.logprobs[:, 0], read.entropies, *nothing, read.top1_ids)
 
 
 @torch.no_grad()

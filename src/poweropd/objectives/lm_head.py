@@ -16,8 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from poweropd import cpu
+
 # Elements of a tile and of a block; the GPU's are not yet measured.
-TILE_ELEMENTS = {"cpu": 24_400_000, "cuda": 160_000_000}
+TILE_ELEMENTS = {"cpu": 21_900_000, "cuda": 160_000_000}
+PANEL = {"cpu": (1024, 4096)}  # rows and tokens of a panel; elsewhere whole tiles
 BLOCK_ELEMENTS = {"cpu": 1_000_000, "cuda": 16_000_000}
 ROUND = {"cpu": 16, "cuda": 128}  # rows of a tile are a multiple of it, where there are as many
 ALIGNED = {"cpu": 1, "cuda": 64}  # and lie apart by one: half-precision products on a GPU are slow at odd addresses
@@ -61,7 +64,7 @@ class LMHead:
 @cache
 def _on_device(ids: tuple[int, ...], device: torch.device) -> Tensor:
     """Made once: a copy to a GPU waits for all that is under way."""
-    return torch.tensor(ids, device=device)
+    return torch.tensor(ids, dtype=torch.long, device=device)
 
 
 class Block(NamedTuple):
@@ -124,6 +127,7 @@ class Tiles:
         self._weight = head.weight[: head.vocab_size].T
         self._rows = tile_rows(len(hidden), head.vocab_size, hidden.device)
         stride = _up(head.vocab_size, ALIGNED.get(hidden.device.type, ALIGNED["cuda"]))
+        cpu.make_room(self._rows * stride * hidden.element_size())
         self._buffer = hidden.new_empty((self._rows, stride))[:, : head.vocab_size]
 
     def __iter__(self) -> Iterator[slice]:
@@ -132,6 +136,31 @@ class Tiles:
     def products(self, tile: slice) -> Tensor:
         """Valid until the next call."""
         return torch.mm(self._hidden[tile], self._weight, out=self._buffer[: tile.stop - tile.start])
+
+
+class Panels:
+    """Pieces of some rows and some tokens, for what needs no row as a whole: small enough for a cache, and large both ways,
+    which is what matrix products like best.
+    """
+
+    def __init__(self, hidden: Tensor, head: LMHead) -> None:
+        rows, self.columns = PANEL.get(hidden.device.type) or (
+            tile_rows(len(hidden), head.vocab_size, hidden.device),
+            head.vocab_size,
+        )
+        self._hidden, self._head = hidden, head
+        self.rows = list(slices(len(hidden), rows)) or [slice(0, 0)]
+        self._buffer = hidden.new_empty(min(rows, len(hidden)) * min(self.columns, head.vocab_size))
+
+    def of(self, rows: slice) -> Iterator[tuple[int, LMHead, Tensor]]:
+        """The panels of some rows: first token, the head of its tokens, none merged, and products, valid until the next."""
+        hidden, head = self._hidden[rows], self._head
+        for tokens in slices(head.vocab_size, self.columns):
+            size = tokens.stop - tokens.start
+            bias = None if head.bias is None else head.bias[tokens]
+            part = replace(head, weight=head.weight[tokens], vocab_size=size, bias=bias, end_ids=())
+            out = self._buffer[: len(hidden) * size].view(len(hidden), size)
+            yield tokens.start, part, torch.mm(hidden, part.weight.T, out=out)
 
 
 def tile_rows(tokens: int, vocab_size: int, device: torch.device) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from poweropd.objectives import kernels
-from poweropd.objectives.lm_head import LMHead, blocks, likeliest, shape_logits, slope_of, wide
+from poweropd.objectives.lm_head import LMHead, Panels, blocks, likeliest, shape_logits, slope_of, wide
 
 
 class RowScores(NamedTuple):
@@ -37,6 +37,40 @@ def read_rows(products: Tensor, head: LMHead, ids: Tensor, *, gradient: bool = F
     if gradient:
         _subtract_target(products, head, asked, statistics.normalisers)
     return _answer(head, asked, statistics)
+
+
+@torch.no_grad()
+def score_rows(hidden: Tensor, head: LMHead, ids: Tensor) -> RowScores:
+    """The same from hidden states [N, H], with no row of logits at once."""
+    panels, ends = Panels(hidden, head), head.ends_on(hidden.device).expand(len(hidden), -1)
+    wanted = torch.cat((ids, ends), dim=1)
+    picked = hidden.new_empty(wanted.shape)
+    found = []
+    for rows in panels.rows:
+        parts = []
+        for first, part, products in panels.of(rows):
+            places = wanted[rows] - first
+            inside = (places >= 0) & (places < part.vocab_size)
+            here = products.gather(1, places.clamp(0, part.vocab_size - 1))
+            picked[rows] = torch.where(inside, here, picked[rows])
+            statistics = softmax_rows(products, part, gradient=False, whole=True)
+            parts.append(statistics._replace(top1_ids=statistics.top1_ids + first))
+        found.append(_merge(parts))
+    statistics = kernels.RowStatistics(*(torch.cat(columns) for columns in zip(*found, strict=True)))
+    asked = _asked(picked[:, : ids.shape[1]], picked[:, ids.shape[1] :], head, ids)
+    return _answer(head, asked, statistics)
+
+
+def _merge(parts: list[kernels.RowStatistics]) -> kernels.RowStatistics:
+    """Statistics of rows from those of their panels."""
+    if len(parts) == 1:
+        return parts[0]
+    every = kernels.RowStatistics(*(torch.stack(columns) for columns in zip(*parts, strict=True)))
+    normalisers = every.normalisers.logsumexp(0)
+    surprises = normalisers - every.normalisers
+    entropies = ((-surprises).exp() * (every.entropies + surprises)).sum(0)
+    largest, best = every.largest.max(0)
+    return kernels.RowStatistics(normalisers, entropies, largest, every.top1_ids.gather(0, best[None])[0])
 
 
 class ReverseKLScores(NamedTuple):
@@ -91,10 +125,16 @@ class _Asked(NamedTuple):
 
 
 def _ask(products: Tensor, head: LMHead, ids: Tensor) -> _Asked:
-    chosen = _logits_at(products, head, ids)
+    ends = head.ends_on(products.device).expand(len(products), -1)
+    return _asked(products.gather(1, ids), products.gather(1, ends), head, ids)
+
+
+def _asked(at_ids: Tensor, at_ends: Tensor, head: LMHead, ids: Tensor) -> _Asked:
+    """From the products [B, m] of the ids asked for and [B, E] of the end tokens."""
+    chosen = _logits_at(at_ids, head, ids)
     if len(head.end_ids) < 2:
         return _Asked(ids, chosen, None, None)
-    ends = _logits_at(products, head, head.ends_on(products.device).expand(len(products), -1))
+    ends = _logits_at(at_ends, head, head.ends_on(ids.device))
     merged = ends.logsumexp(dim=1)
     return _Asked(ids, torch.where(ids == head.end_ids[0], merged[:, None], chosen), ends, merged)
 
@@ -123,10 +163,11 @@ def _subtract_target(gradient: Tensor, head: LMHead, asked: _Asked, normalisers:
     gradient.scatter_(1, target[:, None], at_target[:, None].to(gradient.dtype))
 
 
-def softmax_rows(products: Tensor, head: LMHead, *, gradient: bool) -> kernels.RowStatistics:
+def softmax_rows(products: Tensor, head: LMHead, *, gradient: bool, whole: bool = False) -> kernels.RowStatistics:
     """Statistics of rows [B, V] as they stand, end tokens not merged; `products` is used up.
 
     Args:
+        whole: whether all rows are one block.
         gradient: leave in `products` the gradient of the log-normaliser with respect to `products + bias`: the softmax
             times the slope of the logits.
     """
@@ -136,7 +177,8 @@ def softmax_rows(products: Tensor, head: LMHead, *, gradient: bool) -> kernels.R
     normalisers, expected, largest = products.new_empty((3, len(products)), dtype=dtype)
     top1_ids = products.new_empty(len(products), dtype=torch.long)
     scratch = products.new_empty(0, dtype=dtype)
-    for block, rows in blocks(slice(0, len(products)), head):
+    every = slice(0, len(products))
+    for block, rows in [(every, every)] if whole else blocks(every, head):
         logits = shape_logits(products[block].to(dtype), head)
         probabilities = torch.softmax(logits, dim=1, out=scratch.resize_(logits.shape))
         top1_ids[rows] = likeliest(logits)
@@ -157,8 +199,8 @@ def _map(head: LMHead) -> kernels.LogitMap:
 
 
 def _logits_at(products: Tensor, head: LMHead, ids: Tensor) -> Tensor:
-    """Logits [B, m] of some tokens, as they stand."""
-    picked = products.gather(1, ids).to(wide(products.dtype))
+    """Logits [B, m] of some tokens, as they stand, from their products [B, m]."""
+    picked = products.to(wide(products.dtype), copy=True)
     if head.bias is not None:
         picked = picked + head.bias[ids]
     return shape_logits(picked, replace(head, bias=None))
