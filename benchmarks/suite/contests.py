@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 OURS = "poweropd"
-SCORED = {"rollouts": 2, "prompt": 32, "response": 1024}  # 2,048 tokens
+SCORED = {"prompt": 32, "response": 1024}
+WAYS = (("window", 4), ("window, at once", 7), ("one pass", 7))  # of the naive way, with the GiB it takes
 ALPHA = 1.0  # at larger ones the reward of a random model's tokens is a denormal number, which slows the naive way
 ROLLOUT_CASES = ("quickstart:student", "512 x 8, V 512", "256 x 4, V 151,936")
 MORE_ROLLOUT_CASES = ("quickstart:teacher", "512 x 8, V 151,936")
@@ -56,14 +57,15 @@ def contests(*, full: bool, bf16: bool) -> list[Contest]:
         full: whether long ones are held, and all with more work.
         bf16: whether bf16 is worth a contestant on this machine.
     """
+    trainers = TRAINERS if full else TRAINERS[:2]
     made = [
         Contest("rates", (Contestant("machine", "suite.rates:measure"),), rounds=2),
         Contest("start", (Contestant("starts", "suite.starts:measure"),), rounds=3),
-        sampled(bf16=bf16),
-        full_vocabulary(bf16=bf16, rounds=5 if full else 3),
-        steps("real vocabulary", prompts=16, micro_batch=8, new_tokens=128 if full else 32, lr=1e-6),
-        steps("quickstart-sized", prompts=32, micro_batch=32, new_tokens=128 if full else 64, lr=1e-6),
-        steps("quickstart", prompts=48, micro_batch=48, new_tokens=160, lr=1e-5, ends=True, trainers=TRAINERS[::2]),
+        sampled(bf16=bf16, ways=WAYS if full else WAYS[:1], rollouts=2 if full else 1),
+        full_vocabulary(bf16=bf16, rollouts=2 if full else 1),
+        steps("real vocabulary", trainers, prompts=16, micro_batch=8, new_tokens=128 if full else 32, lr=1e-6),
+        steps("quickstart-sized", trainers, prompts=32, micro_batch=32, new_tokens=128 if full else 64, lr=1e-6),
+        steps("quickstart", TRAINERS[:1], prompts=48, micro_batch=48, new_tokens=160, lr=1e-5, ends=True),
         *map(rollouts, ROLLOUT_CASES + (MORE_ROLLOUT_CASES if full else ())),
         memory(full=full),
         Contest("profile", profiles(), rounds=1),
@@ -71,12 +73,12 @@ def contests(*, full: bool, bf16: bool) -> list[Contest]:
     return [*made, Contest("objectives", every_objective(), rounds=1)] if full else made
 
 
-def sampled(*, bf16: bool) -> Contest:
-    """Scoring and update of a sampled objective."""
-    real = {"shape": "real vocabulary", "alpha": ALPHA, **SCORED}
+def sampled(*, bf16: bool, ways: tuple[tuple[str, float], ...], rollouts: int) -> Contest:
+    """Scoring and update of a sampled objective, by the naive way in several `ways`."""
+    real = {"shape": "real vocabulary", "alpha": ALPHA, "rollouts": rollouts, **SCORED}
     naive = [
         Contestant(f"naive, {way}", "suite.naive:score", {**real, "way": way}, group="naive", gib=gib)
-        for way, gib in (("window", 4), ("window, at once", 7), ("one pass", 7))
+        for way, gib in ways
     ]
     return Contest(
         "score and update, sampled",
@@ -98,9 +100,9 @@ def sampled(*, bf16: bool) -> Contest:
     )
 
 
-def full_vocabulary(*, bf16: bool, rounds: int) -> Contest:
+def full_vocabulary(*, bf16: bool, rollouts: int) -> Contest:
     """Scoring and update of the exact reverse KL."""
-    real = {"shape": "real vocabulary", "objective": "reverse_kl", **SCORED}
+    real = {"shape": "real vocabulary", "objective": "reverse_kl", "rollouts": rollouts, **SCORED}
     halves = [Contestant("poweropd, bf16", "suite.ours:score", {**real, "precision": "bfloat16"})] if bf16 else []
     return Contest(
         "score and update, full vocabulary",
@@ -109,7 +111,6 @@ def full_vocabulary(*, bf16: bool, rounds: int) -> Contest:
             *halves,
             Contestant("TRL chunked", "peers.trl_chunked:score", {**real, "alpha": ALPHA}, is_peer=True, gib=4.5),
         ),
-        rounds=rounds,
     )
 
 
@@ -118,13 +119,13 @@ TRAINERS = ("DistillationTrainer", "IWOPDTrainer", "GKDTrainer")
 
 def steps(
     shape: str,
+    trainers: tuple[str, ...],
     *,
     prompts: int,
     micro_batch: int,
     new_tokens: int,
     lr: float,
     ends: bool = False,
-    trainers: tuple[str, ...] = TRAINERS,
 ) -> Contest:
     """Whole training steps; the peers take `micro_batch` prompts in one pass."""
     work = {"shape": shape, "prompts": prompts, "new_tokens": new_tokens, "ends": ends, "lr": lr}
@@ -163,7 +164,7 @@ def rollouts(case: str) -> Contest:
 
 def memory(*, full: bool) -> Contest:
     """Peak memory of scoring and update by the number of tokens, one rollout of 1,024 tokens in a pass."""
-    sizes = (1, 8, 32) if full else (1, 8)
+    sizes = (1, 8, 32) if full else (1, 4)
     return Contest(
         "memory",
         tuple(

@@ -13,15 +13,23 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from poweropd import policy
 from poweropd.config import load_recipe
+from poweropd.rollout.decoding import LeanDecoding
 from poweropd.rollout.engine import Sampling
+from poweropd.teacher import hf as teacher
 from poweropd.train import train
 from suite.ours import asked, kit, take_step
 from suite.shapes import ROOT, tokenizer
 from suite.turns import Turns
 
 SAMPLING = "sampling"  # the name of the range around everything of `poweropd.rollout.sampling`
+MODEL = "model"  # and of those around forward passes
 RANGES = {SAMPLING: "sampling", "Optimizer.step": "optimizer"}  # whatever happens below them is theirs
+MODELS = (
+    MODEL,
+    "autograd::engine::evaluate_function",
+)  # the loss takes its own gradient, so all backward is the models'
 OPERATORS = {  # by the beginning of their names; the first that fits
     "matrix products": ("mm", "addmm", "addmm_", "bmm", "baddbmm", "matmul", "linear", "mkldnn_linear", "mv", "addmv"),
     "attention": ("scaled_dot_product", "_scaled_dot_product", "_flash_attention", "_efficient_attention"),
@@ -30,6 +38,7 @@ OPERATORS = {  # by the beginning of their names; the first that fits
                             "fill_", "zero_", "masked_fill", "where", "select", "slice", "nonzero", "repeat"),
 }  # fmt: skip
 ELEMENTWISE, PYTHON = "other elementwise and reductions", "outside of operators (Python, autograd)"
+OF_MODELS = "norms, rotary embeddings and activations of the models"
 WITHIN = ("matrix products", "attention", "sampling")  # all else is overhead
 TOP = 12  # operators that are named
 WARM, TIMED = 2, 3  # steps before the one that is profiled: to warm up, and to take the time without the profiler
@@ -38,7 +47,7 @@ WARM, TIMED = 2, 3  # steps before the one that is profiled: to warm up, and to 
 def random_step(turns: Turns, *, shape: str, prompts: int, new_tokens: int, ends: bool) -> None:
     """A step on random rollouts."""
     torch.set_num_threads(1)
-    name_sampling()
+    name_ranges()
     own = kit(shape, "log_ratio")
     sampling = Sampling(stop_ids=(tokenizer(ends=ends).eos_token_id,), max_new_tokens=new_tokens)
     take_step(own, asked(prompts, seed=0), sampling, 0)
@@ -53,7 +62,7 @@ def random_step(turns: Turns, *, shape: str, prompts: int, new_tokens: int, ends
 
 def quickstart_step(turns: Turns) -> None:
     """A step of the quickstart's own recipe, through the training loop, with its records and files."""
-    name_sampling()
+    name_ranges()
     settings = ["evaluation.data=null", f"train.steps={WARM + TIMED + 2}"]
     recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", settings)
     turns.begin()
@@ -108,13 +117,15 @@ def shares(found: profile, seconds: float) -> dict[str, Any]:
         "operators": dict(most),
         "step": seconds,
         "overhead": overhead,
+        "overhead beside models": overhead - groups[OF_MODELS] / sum(groups.values()),
     }
 
 
 def _group_of(event: Any) -> str | None:
     """The group of an operator; None of what only holds others."""
-    at = event
+    at, of_models = event, False
     while at is not None:
+        of_models = of_models or at.name.startswith(MODELS)
         for beginning, group in RANGES.items():
             if at.name.startswith(beginning):
                 return group if event.name.startswith("aten::") else None
@@ -125,22 +136,29 @@ def _group_of(event: Any) -> str | None:
     for group, names in OPERATORS.items():
         if bare in names or any(bare.startswith(name) for name in names if len(name) > len("linear")):
             return group
-    return ELEMENTWISE
+    return OF_MODELS if of_models else ELEMENTWISE
 
 
-def name_sampling() -> None:
-    """Put every function that the engines take from `poweropd.rollout.sampling` within a named range."""
+def name_ranges() -> None:
+    """Put all that engines take from `poweropd.rollout.sampling`, and every pass through a model, within a named range."""
     for name, module in list(sys.modules.items()):
         if name.startswith("poweropd.rollout.") and name != "poweropd.rollout.sampling":
             for key, value in vars(module).copy().items():
                 if inspect.isfunction(value) and value.__module__ == "poweropd.rollout.sampling":
-                    setattr(module, key, _ranged(value))
+                    setattr(module, key, _ranged(SAMPLING, value))
+    for owner, key in (
+        (policy, "hidden_states"),
+        (teacher, "hidden_states"),
+        (LeanDecoding, "admit"),
+        (LeanDecoding, "step"),
+    ):
+        setattr(owner, key, _ranged(MODEL, getattr(owner, key)))
 
 
-def _ranged(function: Callable[..., Any]) -> Callable[..., Any]:
+def _ranged(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def within(*arguments: Any, **named: Any) -> Any:
-        with record_function(SAMPLING):
+        with record_function(name):
             return function(*arguments, **named)
 
     return within

@@ -89,8 +89,8 @@ def score_rows(data: Data) -> str:
     rows = []
     for contest, full in ((SAMPLED, False), (FULL, True)):
         turns = turns_of(data, contest)
-        floor = scoring_floor(rates, full=full) if rates else None
         for name, own in turns.items():
+            floor = scoring_floor(rates, own, full=full) if rates else None
             rows.append(
                 [
                     "full vocabulary" if full else "sampled",
@@ -240,7 +240,9 @@ def profile_rows(data: Data) -> str:
         total = sum(turn["groups"].values())
         for group, seconds in sorted(turn["groups"].items(), key=lambda item: -item[1]):
             rows.append([name, group, f"{seconds:.3f}", f"{seconds / total:.1%}"])
-        rows.append([name, "**outside of matrix products, attention and sampling**", "", f"**{turn['overhead']:.1%}**"])
+        for outside, key in (("", "overhead"), (", and of the models' forward and backward", "overhead beside models")):
+            what = f"**outside of matrix products, attention and sampling{outside}**"
+            rows.append([name, what, "", f"**{turn[key]:.1%}**"])
     return table(("step", "group", "CPU s", "share"), rows)
 
 

@@ -41,7 +41,7 @@ def _size(item: tuple[str, float]) -> int:
 def _scoring(data: Data) -> Iterator[Target]:
     turns, rates = turns_of(data, SAMPLED), rates_of(data)
     naive = best_of(turns, "naive")
-    what = "sampled scoring and update, 2,048 tokens"
+    what = "sampled scoring and update"
     yield _below(f"{what}, over TRL chunked", 0.32, ratio(turns, OURS, "TRL chunked"))
     yield _below(f"{what}, over the best naive way ({naive})", 0.65, ratio(turns, OURS, naive or ""))
     for name, most in (("TRL chunked", 0.23), (naive or "naive", 0.47)):
@@ -58,8 +58,7 @@ def _scoring(data: Data) -> Iterator[Target]:
         "met" if zscore else "not measured",
     )
     own = turns.get(OURS)
-    floor = scoring_floor(rates, full=False) if rates else None
-    beyond = median(own, "cpu") / floor if own and floor else None
+    beyond = median(own, "cpu") / scoring_floor(rates, own, full=False) if own and rates else None
     yield _judged(
         "sampled scoring and update over its FLOP floor",
         "<= 1.35",
@@ -68,10 +67,10 @@ def _scoring(data: Data) -> Iterator[Target]:
     )
 
 
-def scoring_floor(rates: Rates, *, full: bool) -> float:
-    """Processor seconds that 2,048 tokens cannot go below."""
-    shape, work = SHAPES["real vocabulary"], SCORED
-    sizes = (shape, work["rollouts"], work["prompt"], work["response"])
+def scoring_floor(rates: Rates, turns: list[dict[str, Any]], *, full: bool) -> float:
+    """Processor seconds that the tokens of a turn cannot go below."""
+    rollouts = turns[0]["tokens"] // SCORED["response"]
+    sizes = (SHAPES["real vocabulary"], rollouts, SCORED["prompt"], SCORED["response"])
     return (teacher_scoring(*sizes, full=full) + update(*sizes, full=full)).seconds(rates)
 
 

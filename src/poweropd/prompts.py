@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from poweropd.errors import ConfigError
 from poweropd.sections import DataConfig
 from poweropd.types import Prompt
+
+TOKENISED_TOGETHER = 1_000  # rows
 
 
 def load_prompts(
@@ -46,9 +48,13 @@ def load_prompts(
     limit = min(max_prompt_tokens, config.max_prompt_tokens or max_prompt_tokens)
     prompts: list[Prompt] = []
     overlong: list[Prompt] = []
-    for index, row in enumerate(islice(read_rows(config, seed=seed, key=key), config.limit)):
-        prompt = _prompt(config, tokenizer, row, index, end_id, key)
-        (prompts if len(prompt.prompt_ids) <= limit else overlong).append(prompt)
+    rows = islice(iter(read_rows(config, seed=seed, key=key)), config.limit)
+    for place in count(step=TOKENISED_TOGETHER):
+        some = [_Row(row, place + at, config, key) for at, row in enumerate(islice(rows, TOKENISED_TOGETHER))]
+        if not some:
+            break
+        for prompt in _prompts(some, config, tokenizer, end_id):
+            (prompts if len(prompt.prompt_ids) <= limit else overlong).append(prompt)
     if overlong and config.overlong == "error":
         longest = max(overlong, key=lambda prompt: len(prompt.prompt_ids))
         raise ConfigError(
@@ -62,37 +68,50 @@ def load_prompts(
     return prompts
 
 
-def _prompt(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], index: int, end_id: int, key: str
-) -> Prompt:
-    def column(name: str) -> Any:
-        if name not in row:
-            raise ConfigError(f"{key}: row {index} has no column {name!r}; it has {', '.join(map(repr, row))}")
-        if row[name] is None:
-            raise ConfigError(f"{key}: row {index} has nothing in column {name!r}; leave it out")
-        return row[name]
+class _Row:
+    """A row of a data set, by the names that the recipe gives its columns."""
 
-    question = column(config.prompt)
-    if not isinstance(question, str):
-        raise ConfigError(
-            f"{key}: row {index} has a {type(question).__name__} in column {config.prompt!r}; text is needed"
-        )
-    text = config.template.replace("{prompt}", question)
-    if config.chat:
-        system = [{"role": "system", "content": config.system}] if config.system else []
-        thinking: dict[str, Any] = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
+    def __init__(self, row: dict[str, Any], index: int, config: DataConfig, key: str) -> None:
+        self._row, self._place, self._config = row, f"{key}: row {index}", config
+        self.id = str(index if row.get("id") is None else row["id"])
+        self.question = self._column(config.prompt)
+        if not isinstance(self.question, str):
+            raise ConfigError(
+                f"{self._place} has a {type(self.question).__name__} in column {config.prompt!r}; text is needed"
+            )
+        self.answer = _answer(self._column(config.answer), self._place) if config.answer else None
+        self.golden = str(self._column(config.golden)) if config.golden else None
+
+    def _column(self, name: str) -> Any:
+        if name not in self._row:
+            raise ConfigError(f"{self._place} has no column {name!r}; it has {', '.join(map(repr, self._row))}")
+        if self._row[name] is None:
+            raise ConfigError(f"{self._place} has nothing in column {name!r}; leave it out")
+        return self._row[name]
+
+    def text(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """What the student is asked."""
+        text = self._config.template.replace("{prompt}", self.question)
+        if not self._config.chat:
+            return text
+        system = [{"role": "system", "content": self._config.system}] if self._config.system else []
+        enabled = self._config.enable_thinking
+        thinking: dict[str, Any] = {} if enabled is None else {"enable_thinking": enabled}
         messages = [*system, {"role": "user", "content": text}]
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **thinking))
-    golden = None
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **thinking))
+
+
+def _prompts(
+    rows: Sequence[_Row], config: DataConfig, tokenizer: PreTrainedTokenizerBase, end_id: int
+) -> Iterator[Prompt]:
+    """Rows together: tokenisers take many texts in a fraction of the time of one by one."""
+    asked = tokenizer([row.text(tokenizer) for row in rows], add_special_tokens=not config.chat)["input_ids"]
+    golden: list[tuple[int, ...] | None] = [None] * len(rows)
     if config.golden:
-        golden = (*tokenizer.encode(str(column(config.golden)), add_special_tokens=False), end_id)
-    return Prompt(
-        id=str(index if row.get("id") is None else row["id"]),
-        prompt_ids=tuple(tokenizer.encode(text, add_special_tokens=not config.chat)),
-        text=question,
-        answer=_answer(column(config.answer), f"{key}: row {index}") if config.answer else None,
-        golden_ids=golden,
-    )
+        solutions = tokenizer([row.golden for row in rows], add_special_tokens=False)["input_ids"]
+        golden = [(*ids, end_id) for ids in solutions]
+    for row, ids, golden_ids in zip(rows, asked, golden, strict=True):
+        yield Prompt(id=row.id, prompt_ids=tuple(ids), text=row.question, answer=row.answer, golden_ids=golden_ids)
 
 
 def _answer(value: Any, place: str) -> str:
