@@ -80,9 +80,9 @@ def folder(path: str, *, prompts: int, new: int) -> Case:
 CASES: dict[str, Callable[[], Case]] = {
     "quickstart:student": lambda: quickstart("student"),
     "quickstart:teacher": lambda: quickstart("teacher"),
-    "256 x 4, V 151,936": lambda: random_weights(256, 4, 151_936, prompts=16, new=64, end_every=40),
+    "256 x 4, V 151,936": lambda: random_weights(256, 4, 151_936, prompts=16, new=32, end_every=20),
     "512 x 8, V 512": lambda: random_weights(512, 8, 512, prompts=32, new=64, end_every=64),
-    "512 x 8, V 151,936": lambda: random_weights(512, 8, 151_936, prompts=16, new=64, end_every=40),
+    "512 x 8, V 151,936": lambda: random_weights(512, 8, 151_936, prompts=16, new=32, end_every=20),
 }
 
 

@@ -63,7 +63,7 @@ def contests(*, full: bool, bf16: bool) -> list[Contest]:
         Contest("start", (Contestant("starts", "suite.starts:measure"),), rounds=3),
         sampled(bf16=bf16, ways=WAYS if full else WAYS[:1], rollouts=2 if full else 1),
         full_vocabulary(bf16=bf16, rollouts=2 if full else 1),
-        steps("real vocabulary", trainers, prompts=16, micro_batch=8, new_tokens=128 if full else 32, lr=1e-6),
+        steps("real vocabulary", trainers, prompts=16 if full else 8, micro_batch=8, new_tokens=128 if full else 32, lr=1e-6),
         steps("quickstart-sized", trainers, prompts=32, micro_batch=32, new_tokens=128 if full else 64, lr=1e-6),
         steps("quickstart", TRAINERS[:1], prompts=48, micro_batch=48, new_tokens=160, lr=1e-5, ends=True),
         *map(rollouts, ROLLOUT_CASES + (MORE_ROLLOUT_CASES if full else ())),

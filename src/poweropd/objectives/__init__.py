@@ -1,4 +1,4 @@
-"""Objectives of on-policy distillation: pure functions of tensors. Imports torch and nothing else of this package."""
+"""Objectives of on-policy distillation: pure functions of tensors. Imports torch, and of this package `cpu` alone."""
 
 from poweropd.objectives.bregman import from_derivative
 from poweropd.objectives.build import STABILITY, build, row_of, settings_of
