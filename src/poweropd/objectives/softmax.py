@@ -45,6 +45,9 @@ def score_rows(hidden: Tensor, head: LMHead, ids: Tensor) -> RowScores:
     panels, ends = Panels(hidden, head), head.ends_on(hidden.device).expand(len(hidden), -1)
     wanted = torch.cat((ids, ends), dim=1)
     picked = hidden.new_empty(wanted.shape)
+    scratch = hidden.new_empty(
+        0, dtype=wide(hidden.dtype)
+    )  # one for all panels: one each would leave holes in the heap
     found = []
     for rows in panels.rows:
         parts = []
@@ -53,7 +56,7 @@ def score_rows(hidden: Tensor, head: LMHead, ids: Tensor) -> RowScores:
             inside = (places >= 0) & (places < part.vocab_size)
             here = products.gather(1, places.clamp(0, part.vocab_size - 1))
             picked[rows] = torch.where(inside, here, picked[rows])
-            statistics = softmax_rows(products, part, gradient=False, whole=True)
+            statistics = softmax_rows(products, part, gradient=False, scratch=scratch)
             parts.append(statistics._replace(top1_ids=statistics.top1_ids + first))
         found.append(_merge(parts))
     statistics = kernels.RowStatistics(*(torch.cat(columns) for columns in zip(*found, strict=True)))
@@ -163,11 +166,13 @@ def _subtract_target(gradient: Tensor, head: LMHead, asked: _Asked, normalisers:
     gradient.scatter_(1, target[:, None], at_target[:, None].to(gradient.dtype))
 
 
-def softmax_rows(products: Tensor, head: LMHead, *, gradient: bool, whole: bool = False) -> kernels.RowStatistics:
+def softmax_rows(
+    products: Tensor, head: LMHead, *, gradient: bool, scratch: Tensor | None = None
+) -> kernels.RowStatistics:
     """Statistics of rows [B, V] as they stand, end tokens not merged; `products` is used up.
 
     Args:
-        whole: whether all rows are one block.
+        scratch: of the dtype of the statistics, resized as needed; with it, all rows are one block.
         gradient: leave in `products` the gradient of the log-normaliser with respect to `products + bias`: the softmax
             times the slope of the logits.
     """
@@ -176,9 +181,10 @@ def softmax_rows(products: Tensor, head: LMHead, *, gradient: bool, whole: bool 
     dtype = wide(products.dtype)
     normalisers, expected, largest = products.new_empty((3, len(products)), dtype=dtype)
     top1_ids = products.new_empty(len(products), dtype=torch.long)
-    scratch = products.new_empty(0, dtype=dtype)
     every = slice(0, len(products))
-    for block, rows in [(every, every)] if whole else blocks(every, head):
+    pieces = blocks(every, head) if scratch is None else [(every, every)]
+    scratch = products.new_empty(0, dtype=dtype) if scratch is None else scratch
+    for block, rows in pieces:
         logits = shape_logits(products[block].to(dtype), head)
         probabilities = torch.softmax(logits, dim=1, out=scratch.resize_(logits.shape))
         top1_ids[rows] = likeliest(logits)
