@@ -110,8 +110,8 @@ def test_verdicts(ours_takes: float, bf16: float, verdicts: tuple[Verdict, Verdi
             "score and update, sampled": {
                 "turns": {
                     "poweropd": [{"cpu": ours_takes, "tokens": 1024}],
-                    "TRL chunked": [{"cpu": 10.0}],
-                    "naive, window": [{"cpu": 5.0}],
+                    "TRL chunked": [{"cpu": 10.0, "tokens": 1024}],
+                    "naive, window": [{"cpu": 5.0, "tokens": 1024}],
                 }
             },
         }

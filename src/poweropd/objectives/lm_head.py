@@ -149,6 +149,7 @@ class Panels:
             head.vocab_size,
         )
         self._hidden, self._head = hidden, head
+        self.fit_cache = hidden.device.type in PANEL
         self.rows = list(slices(len(hidden), rows)) or [slice(0, 0)]
         self._buffer = hidden.new_empty(min(rows, len(hidden)) * min(self.columns, head.vocab_size))
 

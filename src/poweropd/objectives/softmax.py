@@ -45,9 +45,8 @@ def score_rows(hidden: Tensor, head: LMHead, ids: Tensor) -> RowScores:
     panels, ends = Panels(hidden, head), head.ends_on(hidden.device).expand(len(hidden), -1)
     wanted = torch.cat((ids, ends), dim=1)
     picked = hidden.new_empty(wanted.shape)
-    scratch = hidden.new_empty(
-        0, dtype=wide(hidden.dtype)
-    )  # one for all panels: one each would leave holes in the heap
+    # One scratch for all panels: one each would leave holes in the heap.
+    scratch = hidden.new_empty(0, dtype=wide(hidden.dtype)) if panels.fit_cache else None
     found = []
     for rows in panels.rows:
         parts = []
