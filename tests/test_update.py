@@ -273,14 +273,18 @@ def test_only_response_positions_reach_the_heads(
 ) -> None:
     from poweropd.objectives import lm_head
 
-    rows = []
-    products = lm_head.Tiles.products
-    monkeypatch.setattr(
-        lm_head.Tiles, "products", lambda self, tile: (rows.append(tile.stop - tile.start), products(self, tile))[1]
-    )
+    of_student, of_teacher = [], []
+    products, panels = lm_head.Tiles.products, lm_head.Panels.of
+
+    def seen(counts: list[int], rows: slice, found: Any) -> Any:
+        counts.append(rows.stop - rows.start)
+        return found
+
+    monkeypatch.setattr(lm_head.Tiles, "products", lambda own, rows: seen(of_student, rows, products(own, rows)))
+    monkeypatch.setattr(lm_head.Panels, "of", lambda own, rows: seen(of_teacher, rows, panels(own, rows)))
     rollouts = make_rollouts([(40, 3), (60, 2)])
     gradient_of(make_student(), teacher, rollouts, "power")
-    assert sum(rows) == 2 * 5  # five response tokens, student and teacher
+    assert sum(of_student) == sum(of_teacher) == 5  # response tokens
 
 
 def test_end_token_policies(make_student: Callable[..., Student]) -> None:
