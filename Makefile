@@ -12,7 +12,7 @@ PARALLEL = --numprocesses auto --maxprocesses 4 --dist worksteal
 # One busy core beside ours makes OpenMP's default spinning many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: quickstart test test-all lint docs benchmark clean
+.PHONY: quickstart test test-all test-trl lint docs benchmark clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/poweropd quickstart
@@ -20,8 +20,12 @@ quickstart: $(VENV)/.installed
 test: lint
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
-test-all: lint
+test-all: lint test-trl
 	$(BIN)/python -m pytest $(PARALLEL)
+
+# Inside the real TRL, which lives in an environment of its own.
+test-trl: $(PEERS)/.tested
+	$(PEERS)/bin/python -m pytest tests/integrations
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .
@@ -56,6 +60,10 @@ $(PEERS)/.installed: benchmarks/peers/constraints.txt $(VENV)/.installed
 	$(PEERS)/bin/$(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) \
 		torch==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))')
 	$(PEERS)/bin/$(INSTALL) --constraint benchmarks/peers/constraints.txt trl
+	touch $@
+
+$(PEERS)/.tested: $(PEERS)/.installed
+	$(PEERS)/bin/$(INSTALL) --constraint benchmarks/peers/constraints.txt --editable . pytest pytest-timeout
 	touch $@
 
 clean:
