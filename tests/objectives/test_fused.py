@@ -135,7 +135,11 @@ def test_full_loss_equals_autograd_over_all_logits(kind: str, name: str) -> None
 
 @pytest.mark.usefixtures("_tile_rows")
 @pytest.mark.parametrize("kind", HEADS)
-def test_token_scores_equal_log_softmax(kind: str) -> None:
+@pytest.mark.parametrize("panel", [None, (1024, 4096), (5, 7), (1, 1)])
+def test_token_scores_equal_log_softmax(
+    kind: str, panel: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lm_head, "PANEL", {"cpu": panel} if panel else {})
     head = make_head(kind, H, torch.float64)
     hidden, targets, _ = make_inputs(torch.float64)
     scores = token_scores(hidden, head, targets)
@@ -143,6 +147,8 @@ def test_token_scores_equal_log_softmax(kind: str) -> None:
     spelt = torch.tensor([head.end_ids[0] if t in head.end_ids else t for t in targets.tolist()])
     torch.testing.assert_close(scores.logprobs, logprobs.gather(1, spelt[:, None])[:, 0])
     torch.testing.assert_close(scores.entropies, -(logprobs.exp() * logprobs).sum(1))
+    assert torch.equal(scores.top1_ids, logprobs.argmax(1))
+    assert token_scores(hidden[:0], head, targets[:0]).logprobs.shape == (0,)
 
 
 @pytest.mark.parametrize("kind", HEADS)

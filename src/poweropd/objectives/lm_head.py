@@ -126,9 +126,9 @@ class Tiles:
         self._hidden = hidden
         self._weight = head.weight[: head.vocab_size].T
         self._rows = tile_rows(len(hidden), head.vocab_size, hidden.device)
-        stride = _up(head.vocab_size, ALIGNED.get(hidden.device.type, ALIGNED["cuda"]))
-        cpu.make_room(self._rows * stride * hidden.element_size())
-        self._buffer = hidden.new_empty((self._rows, stride))[:, : head.vocab_size]
+        if hidden.device.type == "cpu":
+            cpu.make_room(self._rows * head.vocab_size * hidden.element_size())
+        self._buffer = _buffer(hidden, self._rows, head.vocab_size)[:, : head.vocab_size]
 
     def __iter__(self) -> Iterator[slice]:
         return slices(len(self._hidden), self._rows)
@@ -151,7 +151,7 @@ class Panels:
         self._hidden, self._head = hidden, head
         self.fit_cache = hidden.device.type in PANEL
         self.rows = list(slices(len(hidden), rows)) or [slice(0, 0)]
-        self._buffer = hidden.new_empty(min(rows, len(hidden)) * min(self.columns, head.vocab_size))
+        self._buffer = _buffer(hidden, min(rows, len(hidden)), min(self.columns, head.vocab_size))
 
     def of(self, rows: slice) -> Iterator[tuple[int, LMHead, Tensor]]:
         """The panels of some rows: first token, the head of its tokens, none merged, and products, valid until the next."""
@@ -160,8 +160,13 @@ class Panels:
             size = tokens.stop - tokens.start
             bias = None if head.bias is None else head.bias[tokens]
             part = replace(head, weight=head.weight[tokens], vocab_size=size, bias=bias, end_ids=())
-            out = self._buffer[: len(hidden) * size].view(len(hidden), size)
+            out = self._buffer[: len(hidden), :size]
             yield tokens.start, part, torch.mm(hidden, part.weight.T, out=out)
+
+
+def _buffer(hidden: Tensor, rows: int, columns: int) -> Tensor:
+    """Room for products; it may have more columns than asked for."""
+    return hidden.new_empty((rows, _up(columns, ALIGNED.get(hidden.device.type, ALIGNED["cuda"]))))
 
 
 def tile_rows(tokens: int, vocab_size: int, device: torch.device) -> int:

@@ -44,7 +44,7 @@ def score_rows(hidden: Tensor, head: LMHead, ids: Tensor) -> RowScores:
     """The same from hidden states [N, H], with no row of logits at once."""
     panels, ends = Panels(hidden, head), head.ends_on(hidden.device).expand(len(hidden), -1)
     wanted = torch.cat((ids, ends), dim=1)
-    picked = hidden.new_empty(wanted.shape)
+    picked = hidden.new_full(wanted.shape, torch.nan)  # what is no token stays so
     # One scratch for all panels: one each would leave holes in the heap.
     scratch = hidden.new_empty(0, dtype=wide(hidden.dtype)) if panels.fit_cache else None
     found = []
