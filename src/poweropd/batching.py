@@ -47,6 +47,21 @@ def group_by_tokens(rollouts: Sequence[Rollout], tokens: int, *, packed: bool) -
     return fill(least)  # the lowest limit under which they are as few
 
 
+def shared_out(rollouts: Sequence[Rollout], ranks: int) -> list[list[int]]:
+    """Indices of rollouts for each rank, in order and about equally many tokens; those of one prompt stay together."""
+    by_prompt: dict[str, list[int]] = {}
+    for index, rollout in enumerate(rollouts):
+        by_prompt.setdefault(rollout.prompt.id, []).append(index)
+    tokens = {prompt: sum(_fed(rollouts[index]) for index in own) for prompt, own in by_prompt.items()}
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for prompt in sorted(by_prompt, key=lambda prompt: -tokens[prompt]):  # each to the rank with least so far
+        rank = loads.index(min(loads))
+        shares[rank] += by_prompt[prompt]
+        loads[rank] += tokens[prompt]
+    return [sorted(share) for share in shares]
+
+
 def collate(
     scored: Sequence[ScoredRollout], *, masked_end_ids: Sequence[int] = (), masked_ids: Sequence[int] = ()
 ) -> TokenBatch:

@@ -11,45 +11,103 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from poweropd.distributed import ALONE, World
 from poweropd.errors import RunError
 
-MANIFEST, STATE, META = "manifest.json", "state.pt", "meta.json"
+MANIFEST, STATE, META, SHARDS = "manifest.json", "state.pt", "meta.json", "shards"
 
 
-def save(root: Path, step: int, state: Mapping[str, Any], meta: Mapping[str, Any], *, keep: int) -> Path:
+def save(
+    root: Path,
+    step: int,
+    state: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    *,
+    keep: int,
+    shards: Mapping[str, Tensor] | None = None,
+    world: World = ALONE,
+) -> Path:
     """Write `root/step-<step>`: beside it first, synced, with hashes of every file in a manifest, then renamed.
 
     Args:
         state: tensors and plain values for `torch.save`.
         meta: JSON values that people may want to read.
         keep: how many of the newest checkpoints stay.
+        shards: tensors of which every rank writes what it holds.
+        world: the ranks, which all call; all but the shards is written by the first.
 
     Raises:
         OSError: it could not be written; nothing of it is left, and the older checkpoints are untouched.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    final, partial = root / f"step-{step:06d}", root / f".step-{step:06d}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    final, partial = _folder(root, step), root / f".step-{step:06d}.partial"
+
+    def begin() -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
+
+    def complete() -> None:
         # torch.save hides the reason of a failed write in a RuntimeError; a file object of ours keeps the OSError.
         with (partial / STATE).open("wb") as file:
             _save_to(file, dict(state))
         (partial / META).write_text(json.dumps(dict(meta), indent=2) + "\n", encoding="utf-8")
-        files = {name: _sha256(partial / name) for name in (STATE, META)}
+        files = {name: _sha256(partial / name) for name in (STATE, META)} | of_shards
         (partial / MANIFEST).write_text(json.dumps({"sha256": files}, indent=2) + "\n", encoding="utf-8")
         for name in (STATE, META, MANIFEST):
             _sync(partial / name)
         shutil.rmtree(final, ignore_errors=True)  # a step that is taken again after a resume
         partial.rename(final)
         _sync(root)
+        for old in steps(root)[:-keep]:
+            shutil.rmtree(_folder(root, old))
+
+    try:
+        world.on_main(begin)
+        of_shards = {} if shards is None else _save_shards(partial / SHARDS, shards, world)
+        world.on_main(complete)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
-    for old in steps(root)[:-keep]:
-        shutil.rmtree(root / f"step-{old:06d}")
     return final
+
+
+def _save_shards(folder: Path, shards: Mapping[str, Tensor], world: World) -> dict[str, str]:
+    """The hashes of the files, which their writers have taken."""
+    try:
+        dcp.save(dict(shards), checkpoint_id=folder)
+    except CheckpointException as error:
+        raise _reason(error) from None
+
+    def own_hashes() -> dict[str, str]:
+        own = [*folder.glob(f"__{world.rank}_*"), *(folder.glob(".metadata") if world.is_main else ())]
+        return {f"{SHARDS}/{path.name}": _sha256(path) for path in own}
+
+    return {name: digest for hashes in world.each(own_hashes) for name, digest in hashes.items()}
+
+
+def read_shards(root: Path, step: int, shards: Mapping[str, Tensor], world: World = ALONE) -> None:
+    """Read the shards of a checkpoint into tensors that lie otherwise on ranks, or on one."""
+    try:
+        dcp.load(dict(shards), checkpoint_id=_folder(root, step) / SHARDS, no_dist=world.size == 1)
+    except CheckpointException as error:
+        raise _reason(error) from None
+
+
+def shapes_of_shards(root: Path, step: int) -> dict[str, torch.Size]:
+    """The shapes of the whole tensors, by name."""
+    known = dcp.FileSystemReader(_folder(root, step) / SHARDS).read_metadata().state_dict_metadata
+    return {name: value.size for name, value in known.items() if isinstance(value, TensorStorageMetadata)}
+
+
+def _reason(error: CheckpointException) -> BaseException:
+    """What went wrong on the first rank that failed."""
+    return next(iter(error.failures.values()))[0]
 
 
 def _save_to(file: Any, state: dict[str, Any]) -> None:
@@ -84,25 +142,35 @@ def newest_step(root: Path) -> int | None:
     return max(steps(root), default=None)
 
 
-def load_latest(root: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+def load_latest(root: Path, world: World = ALONE) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """State and meta of the newest checkpoint; None if there is no checkpoint.
 
     Raises:
         RunError: the newest is damaged; names it, the reason and the newest good one.
     """
+    step = world.on_main(lambda: _newest_good(root))
+    if step is None:
+        return None
+    folder = _folder(root, step)
+    state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    return state, json.loads((folder / META).read_text(encoding="utf-8"))
+
+
+def _newest_good(root: Path) -> int | None:
     saved = steps(root)
     if not saved:
         return None
-    newest = root / f"step-{saved[-1]:06d}"
+    newest = _folder(root, saved[-1])
     problem = damage(newest)
     if problem is not None:
-        good = next(
-            (root / f"step-{s:06d}" for s in reversed(saved[:-1]) if damage(root / f"step-{s:06d}") is None), None
-        )
+        good = next((_folder(root, step) for step in reversed(saved[:-1]) if damage(_folder(root, step)) is None), None)
         remedy = f"the last good one is {good.name}" if good else "no good one is left, so the run would start again"
         raise RunError(f"checkpoint {newest} is damaged: {problem}. Remove it to go on; {remedy}")
-    state = torch.load(newest / STATE, map_location="cpu", weights_only=True)
-    return state, json.loads((newest / META).read_text(encoding="utf-8"))
+    return saved[-1]
+
+
+def _folder(root: Path, step: int) -> Path:
+    return root / f"step-{step:06d}"
 
 
 def damage(folder: Path) -> str | None:

@@ -23,3 +23,7 @@ class NonFiniteError(UserError):
 
 class CollapseError(UserError):
     """The student's answers run to the budget or repeat themselves, and the recipe says stop; a checkpoint was saved."""
+
+
+class PeerError(UserError):
+    """Another process of the run has ended it; says why, if that is known."""

@@ -1,7 +1,7 @@
 """The student: hidden states, LM head, optimizer step, save. Where it runs and in what precision stays in here."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from poweropd.models import compute_precision, hidden_states, lm_head, no_progress_bars
+from poweropd.distributed import ALONE, World
+from poweropd.errors import RunError
+from poweropd.models import compute_precision, lm_head, no_progress_bars
 from poweropd.objectives.lm_head import LMHead
 from poweropd.packing import enable_packing
 from poweropd.sections import OptimizerConfig
+from poweropd.sharding import Trunk, own_part, put, whole
 from poweropd.types import TokenBatch, UpdateResult
+
+MODEL = "model."  # before the names of weights in `Student.shards`
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -33,12 +38,15 @@ class Student:
 
     Attributes:
         packed: whether its forward pass sees no padding; see `enable_packing`.
+        is_sharded: whether this rank holds a part of every weight only.
 
     Args:
         model: fp32 weights.
         vocab_size, end_ids: see `LMHead`.
         steps: of the whole run, for the learning-rate schedule.
         precision: dtype of matmuls.
+        world: the ranks that train it together, all with the same weights.
+        sharded: whether these spread weights, gradients and optimizer state among them.
     """
 
     def __init__(
@@ -52,9 +60,13 @@ class Student:
         steps: int,
         precision: torch.dtype = torch.float32,
         gradient_checkpointing: bool = False,
+        world: World = ALONE,
+        sharded: bool = False,
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
+        self.world = world
+        self.is_sharded = sharded and world.size > 1
         self._config = config
         self._steps = steps
         self._vocab_size = vocab_size
@@ -65,7 +77,12 @@ class Student:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self._checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
         embedding = model.get_input_embeddings()
-        self._lookup = embedding if type(embedding) is torch.nn.Embedding and embedding.weight.requires_grad else None
+        lean = type(embedding) is torch.nn.Embedding and embedding.weight.requires_grad and not self.is_sharded
+        self._lookup = embedding if lean else None
+        self._trunk = Trunk(model)
+        world.copy_from_main([parameter.detach() for parameter in model.parameters()])
+        if self.is_sharded:
+            self._trunk.shard()
         self.optimizer = torch.optim.AdamW(
             [parameter for parameter in model.parameters() if parameter.requires_grad],
             lr=config.lr,
@@ -86,7 +103,7 @@ class Student:
     def hidden_at_loss(self, batch: TokenBatch) -> Tensor:
         """Last hidden states [N, H] that predict the loss tokens of a batch, in the precision of matmuls, with their graph."""
         with self._lean_backward(), compute_precision(self.device, self._precision):
-            every_hidden = hidden_states(self.model, batch.input_ids, batch.lengths)
+            every_hidden = self._trunk(batch.input_ids, batch.lengths)
         return every_hidden.index_select(0, batch.loss_positions).to(self._precision)
 
     @contextmanager
@@ -108,33 +125,121 @@ class Student:
         if self._lookup is not None:
             self._lookup.sparse = on
 
+    def add_up_gradients(self) -> None:
+        """Have every rank hold the sum of the gradients of all, once a step; spread ones have been added up already."""
+        if self.is_sharded:
+            return
+        trained = self._trained()
+        there = torch.tensor([parameter.grad is not None for parameter in trained.values()], dtype=torch.float32)
+        self.world.add_up([there])
+        for parameter, ranks in zip(trained.values(), there.tolist(), strict=True):
+            if ranks and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.world.add_up(self._gradients())
+
     def gradient_norm(self) -> float:
-        """Global norm of the gradient as it stands; not finite if any entry is not."""
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients).item()
+        """Global norm of the gradient as it stands; not finite if any entry is not.
+
+        Raises:
+            RunError: ranks do not agree, so their weights are no longer the same.
+        """
+        norm = torch.nn.utils.get_total_norm(self._gradients())
+        if self.is_sharded:
+            square = norm.square()
+            self.world.add_up([square])
+            norm = square.sqrt()
+        norms = self.world.gather(norm.item())
+        if len(set(map(repr, norms))) > 1:
+            raise RunError(
+                f"the ranks of this run no longer agree: their gradient norms are {norms}. Go on from the last checkpoint "
+                "with --resume; if it comes again, a device or a link is faulty"
+            )
+        return norms[0]
 
     def update(self, step: int, grad_norm: float) -> UpdateResult:
         """Clip, apply and clear the gradient, as optimizer step `step` counted from 0."""
         lr = learning_rate(self._config, step, self._steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        torch.nn.utils.clip_grads_with_norm_(
-            self.model.parameters(), self._config.max_grad_norm, torch.tensor(grad_norm, device=self.device)
-        )
+        factor = (self._config.max_grad_norm / (torch.tensor(grad_norm, device=self.device) + 1e-6)).clamp(max=1.0)
+        for gradient in self._gradients():
+            gradient.mul_(factor)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return UpdateResult(grad_norm=grad_norm, lr=lr)
 
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        return {name: each for name, each in self.model.named_parameters() if each.requires_grad}
+
+    def _gradients(self) -> list[Tensor]:
+        """What this rank holds of them."""
+        return [own_part(parameter.grad) for parameter in self._trained().values() if parameter.grad is not None]
+
     def state(self) -> dict[str, Any]:
-        """All that decides the next update."""
+        """All that decides the next update, of a student that is whole."""
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Take up such a state, wherever it is to lie.
 
-    def save(self, folder: Path) -> None:
-        """A folder that plain `AutoModelForCausalLM.from_pretrained` loads, with the tokenizer."""
+        Raises:
+            RunError: it is that of another model.
+        """
+        self.refuse_another({name: value.shape for name, value in state["model"].items()})
+        if not self.is_sharded:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            return
+        for name, parameter in self.model.named_parameters():
+            put(parameter, state["model"][name])
+        for place, parameter in enumerate(self._trained().values()):
+            for name, target in self._adam(parameter).items():
+                put(target, state["optimizer"]["state"][place][name])
+
+    def shards(self) -> dict[str, Tensor]:
+        """The same as this rank holds it, by name: to be saved, or to be read into."""
+        found = {f"{MODEL}{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
+        for name, parameter in self._trained().items():
+            found |= {f"optimizer.{name}.{key}": value for key, value in self._adam(parameter).items()}
+        return found
+
+    def _adam(self, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
+        """The optimizer's state of a parameter; as it begins, before the first step."""
+        state = self.optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        return state
+
+    def refuse_another(self, shapes: Mapping[str, torch.Size]) -> None:
+        """Raises RunError unless these are the names and shapes of the model's weights."""
+        own = {name: value.shape for name, value in self.model.named_parameters()}
+        different = [name for name, shape in own.items() if shapes.get(name) != shape]
+        if different:
+            name, *more = different
+            there = tuple(shapes[name]) if name in shapes else "missing"
+            raise RunError(
+                f"the checkpoint is of another model: {name} is {there} there and {tuple(own[name])} in the student, and "
+                f"{len(more)} more weights differ. Resume with the student that the run was started with"
+            )
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights as they are now, named as in the plain model; tied ones once. All ranks must ask together."""
+        for name, parameter in self.model.named_parameters():
+            yield name, whole(parameter.detach())
+
+    def whole_state(self) -> dict[str, Tensor]:
+        """The model's state with whole weights, to be saved; on the CPU where they are spread."""
+        if not self.is_sharded:
+            return self.model.state_dict()
+        return {name: value.cpu() for name, value in self.weights()}
+
+    def save(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+        """A folder that plain `AutoModelForCausalLM.from_pretrained` loads, with the tokenizer.
+
+        Args:
+            state: of `whole_state`; None: as it is.
+        """
         with no_progress_bars():
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, state_dict=self.whole_state() if state is None else state)
         self.tokenizer.save_pretrained(folder)

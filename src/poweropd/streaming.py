@@ -40,7 +40,12 @@ class Streaming:
 
 
 def merge_ranks(parts: Sequence[Streaming], group: torch.distributed.ProcessGroup | None = None) -> None:
-    """Have every rank's statistics speak of what all ranks have seen: three small reductions, whatever was seen."""
+    """Have every rank's statistics speak of what all ranks have seen: three small reductions, whatever was seen.
+
+    A process that is alone has seen all.
+    """
+    if not torch.distributed.is_initialized():
+        return
     for name, operation in (("sums", ReduceOp.SUM), ("lows", ReduceOp.MIN), ("highs", ReduceOp.MAX)):
         own = [getattr(part, name) for part in parts]
         flat = torch.cat([tensor.flatten() for tensor in own])

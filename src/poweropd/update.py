@@ -1,8 +1,11 @@
-"""One gradient from scored rollouts: micro-batches, one student forward each, one denominator for all."""
+"""One gradient from scored rollouts: micro-batches, one student forward each, one denominator for all.
+
+Several ranks take up their shares of the rollouts together; what is said of a step is said of all of them.
+"""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +18,7 @@ from poweropd.objectives.positions import Positions
 from poweropd.objectives.shaping import StepTokens
 from poweropd.objectives.sweeps import LossTerms
 from poweropd.policy import Student
-from poweropd.types import ScoredRollout, TokenBatch
+from poweropd.types import Prompt, Rollout, ScoredRollout, TeacherScores, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,11 @@ class NonFiniteToken:
 
 @dataclass(frozen=True)
 class GradientResult:
-    """The gradient itself lies in the student's parameters.
+    """The gradient itself lies in the student's parameters, on each rank that of its share.
 
     Attributes:
-        terms: of the first rollouts, as many as were to be kept, in the order given.
+        loss, num_loss_tokens: of all ranks.
+        terms: of the first rollouts, as many as were to be kept, in order.
         non_finite: the first token in that order that spoilt the loss, if one did.
     """
 
@@ -103,35 +107,49 @@ def accumulate_gradient(
     version: int | None = None,
     watch: Watch | None = None,
     keep: int | None = None,
+    places: Sequence[int] | None = None,
 ) -> GradientResult:
     """Add `weight` times the gradient of the objective over all rollouts to the student's parameters.
 
-    The result does not depend on how the rollouts fall into micro-batches. An objective that needs the whole step costs
-    one more student forward, without gradient, unless the rollouts tell what that would find.
+    The result does not depend on how the rollouts fall into micro-batches, nor on how they are shared out to ranks. An
+    objective that needs the whole step costs one more student forward, without gradient, unless the rollouts tell what
+    that would find.
 
     Args:
+        scored: this rank's share of the rollouts, with all samples of a prompt.
         version: optimizer steps that the student has taken; rollouts of older versions do not tell. None: none do.
         watch: is shown every micro-batch.
         keep: of how many rollouts the terms are kept, from the first; None: of all.
+        places: where the rollouts of the share stand among all; None: they are all.
     """
+    world = student.world
+    places = range(len(scored)) if places is None else places
     groups = list(_groups(scored, how.tokens, packed=student.packed))
     batches = [_batch([scored[index] for index in group], student, how) for group in groups]
-    num_loss_tokens = sum(batch.num_loss_tokens for batch in batches)
-    tell = how.rollouts_tell and all(item.rollout.policy_version == version for item in scored)
-    shaped = _shape(student, batches, groups, scored, objective, rollouts_tell=tell)
+    tell = objective.needs_whole_step and _rollouts_tell(scored, batches, objective, how, version)
+    counts = world.gather((sum(batch.num_loss_tokens for batch in batches), len(batches), tell))
+    tokens, passes, told = zip(*counts, strict=True)
+    num_loss_tokens = sum(tokens)
+    idle = max(passes) - len(batches)  # ranks compute in step, for some weights are gathered from all of them
+    groups += [[]] * idle
+    batches += [_nothing(student, how)] * idle
+    numbers = [[places[index] for index in group] for group in groups]
+    prompts = _prompt_numbers(scored, places)
+    shaped = _shape(student, batches, numbers, prompts, objective, rollouts_tell=all(told))
     loss = torch.zeros((), dtype=torch.float64, device=student.device)  # read at the end: nothing waits for it before
     seen: list[tuple[list[int], TokenBatch, LossTerms]] = []
     terms: dict[int, RolloutTerms] = {}
-    for group, batch, shape in zip(groups, batches, shaped, strict=True):
+    for group, batch, shape in zip(numbers, batches, shaped, strict=True):
+        hidden = student.hidden_at_loss(batch)  # before the head: where weights are spread, it is whole from here on
         found = loss_of(
             objective,
-            student.hidden_at_loss(batch),
+            hidden,
             student.head,
             batch.inputs,
             denominator=max(num_loss_tokens, 1) / weight,
             shaped=shape,
             importance_cap=how.importance_cap or torch.inf,
-            in_place=True,
+            in_place=not student.is_sharded,
         )
         found.loss.backward()
         found = found._replace(loss=found.loss.detach())
@@ -139,15 +157,27 @@ def accumulate_gradient(
         seen.append((group, batch, found))
         if watch is not None:
             watch(batch, found)
-        terms |= _terms_to_keep(group, batch, found, len(scored) if keep is None else keep)
+        terms |= _terms_to_keep(group, batch, found, torch.inf if keep is None else keep)
     total = loss.item()
     culprits = [] if math.isfinite(total) else [token for each in seen for token in _first_non_finite(*each)]
+    ranks = world.gather((total, terms, min(culprits, default=None)))
+    every_term = {index: own for _, kept, _ in ranks for index, own in kept.items()}
     return GradientResult(
-        total, num_loss_tokens, [terms[index] for index in sorted(terms)], min(culprits, default=None)
+        sum(part for part, _, _ in ranks),
+        num_loss_tokens,
+        [every_term[index] for index in sorted(every_term)],
+        min((culprit for _, _, culprit in ranks if culprit is not None), default=None),
     )
 
 
-def _terms_to_keep(group: Sequence[int], batch: TokenBatch, found: LossTerms, keep: int) -> dict[int, RolloutTerms]:
+def _nothing(student: Student, how: MicroBatches) -> TokenBatch:
+    """A micro-batch without a loss token."""
+    rollout = Rollout(Prompt("", (0,)), (0,), (0.0,), "length")
+    unknown = TeacherScores(torch.zeros(1))
+    return _batch([ScoredRollout(rollout, unknown, unknown)], student, replace(how, masked_ids=(0,)))
+
+
+def _terms_to_keep(group: Sequence[int], batch: TokenBatch, found: LossTerms, keep: float) -> dict[int, RolloutTerms]:
     """The terms of those rollouts of a micro-batch that are among the first `keep`."""
     if min(group, default=keep) >= keep:
         return {}
@@ -186,31 +216,64 @@ def _batch(scored: Sequence[ScoredRollout], student: Student, how: MicroBatches)
     return batch.to(student.device)
 
 
+def _rollouts_tell(
+    scored: Sequence[ScoredRollout],
+    batches: Sequence[TokenBatch],
+    objective: Objective,
+    how: MicroBatches,
+    version: int | None,
+) -> bool:
+    """Whether these rollouts tell all that whole-step shaping looks at."""
+    return (
+        how.rollouts_tell
+        and objective.shapes_by_logprobs_alone
+        and all(item.rollout.policy_version == version for item in scored)
+        and not any(torch.stack([batch.own_logprobs.isnan().any() for batch in batches]).tolist() if batches else [])
+    )
+
+
+def _prompt_numbers(scored: Sequence[ScoredRollout], places: Sequence[int]) -> dict[int, int]:
+    """By the place of each rollout, the place of the first one of the same prompt."""
+    firsts: dict[str, int] = {}
+    return {
+        place: firsts.setdefault(item.rollout.prompt.id, place) for item, place in zip(scored, places, strict=True)
+    }
+
+
 @torch.no_grad()
 def _shape(
     student: Student,
     batches: Sequence[TokenBatch],
     groups: Sequence[list[int]],
-    scored: Sequence[ScoredRollout],
+    prompts: Mapping[int, int],
     objective: Objective,
     *,
     rollouts_tell: bool,
 ) -> list[Shaped] | list[None]:
-    """What whole-step shaping makes of each micro-batch, before any update; nothing where it is not needed."""
+    """What whole-step shaping makes of each micro-batch, before any update; nothing where it is not needed.
+
+    Args:
+        groups: the rollouts of each micro-batch, by their places among all.
+    """
     if not objective.needs_whole_step or not batches:
         return [None] * len(batches)
-    tell = rollouts_tell and objective.shapes_by_logprobs_alone
-    tell = tell and not torch.stack([batch.own_logprobs.isnan().any() for batch in batches]).any()
-    prompts: dict[str, int] = {}
-    of_prompt = torch.tensor([prompts.setdefault(item.rollout.prompt.id, len(prompts)) for item in scored])
     parts = []
     for group, batch in zip(groups, batches, strict=True):
-        rollouts = torch.tensor(group, device=student.device)[batch.rows]
-        seen = _told_by_rollouts(batch, objective) if tell else _seen_by_student(student, batch, objective)
-        parts.append(StepTokens(**seen, rollouts=rollouts, prompts=of_prompt.to(student.device)[rollouts]))
-    whole = objective.shape(StepTokens.cat(parts))
+        rollouts, of_prompts = (
+            torch.tensor(numbers, dtype=torch.long, device=student.device)[batch.rows]
+            for numbers in (group, [prompts[place] for place in group])
+        )
+        seen = _told_by_rollouts(batch, objective) if rollouts_tell else _seen_by_student(student, batch, objective)
+        parts.append(StepTokens(**seen, rollouts=rollouts, prompts=of_prompts))
+    own = StepTokens.cat(parts)
+    before = sum(student.world.gather(len(own.rewards))[: student.world.rank])
+    every = StepTokens(**{f.name: student.world.cat(getattr(own, f.name)) for f in fields(own)})
+    whole = objective.shape(every)
     lengths = [batch.num_loss_tokens for batch in batches]
-    return [Shaped(*part) for part in zip(whole.advantages.split(lengths), whole.weights.split(lengths), strict=True)]
+    advantages, weights = (
+        each[before : before + sum(lengths)].split(lengths) for each in (whole.advantages, whole.weights)
+    )
+    return [Shaped(*part) for part in zip(advantages, weights, strict=True)]
 
 
 def _seen_by_student(student: Student, batch: TokenBatch, objective: Objective) -> dict[str, Tensor]:
