@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from poweropd.distributed import ALONE, World
 from poweropd.errors import RunError
@@ -80,7 +82,7 @@ def save(
 def _save_shards(folder: Path, shards: Mapping[str, Tensor], world: World) -> dict[str, str]:
     """The hashes of the files, which their writers have taken."""
     try:
-        dcp.save(dict(shards), checkpoint_id=folder)
+        save_shards(dict(shards), checkpoint_id=folder)
     except CheckpointException as error:
         raise _reason(error) from None
 
@@ -91,18 +93,18 @@ def _save_shards(folder: Path, shards: Mapping[str, Tensor], world: World) -> di
     return {name: digest for hashes in world.each(own_hashes) for name, digest in hashes.items()}
 
 
+def shapes_of_shards(root: Path, step: int) -> dict[str, torch.Size]:
+    """The shapes of the whole tensors of which a checkpoint has shards, by name."""
+    known = FileSystemReader(_folder(root, step) / SHARDS).read_metadata().state_dict_metadata
+    return {name: value.size for name, value in known.items() if isinstance(value, TensorStorageMetadata)}
+
+
 def read_shards(root: Path, step: int, shards: Mapping[str, Tensor], world: World = ALONE) -> None:
-    """Read the shards of a checkpoint into tensors that lie otherwise on ranks, or on one."""
+    """Read them into tensors of these names and shapes, which may lie otherwise on ranks, or on one."""
     try:
-        dcp.load(dict(shards), checkpoint_id=_folder(root, step) / SHARDS, no_dist=world.size == 1)
+        load_shards(dict(shards), checkpoint_id=_folder(root, step) / SHARDS, no_dist=world.size == 1)
     except CheckpointException as error:
         raise _reason(error) from None
-
-
-def shapes_of_shards(root: Path, step: int) -> dict[str, torch.Size]:
-    """The shapes of the whole tensors, by name."""
-    known = dcp.FileSystemReader(_folder(root, step) / SHARDS).read_metadata().state_dict_metadata
-    return {name: value.size for name, value in known.items() if isinstance(value, TensorStorageMetadata)}
 
 
 def _reason(error: CheckpointException) -> BaseException:

@@ -14,7 +14,7 @@ from poweropd.objectives import Objective
 from poweropd.repetition import compression_ratio, repetition_rate, window_for
 from poweropd.rollout.engine import Sampling
 from poweropd.step_statistics import SIGNALS, signal_of
-from poweropd.types import Rollout, ScoredRollout
+from poweropd.types import Rollout
 from poweropd.update import GradientResult, RolloutTerms
 
 GRAD_NORM_WINDOW = 100  # earlier steps that a gradient norm is compared with
@@ -83,7 +83,7 @@ class GradNorms:
 
 def rollout_records(
     step: int,
-    scored: Sequence[ScoredRollout],
+    rollouts: Sequence[Rollout],
     terms: Sequence[RolloutTerms],
     objective: Objective,
     tokenizer: PreTrainedTokenizerBase,
@@ -96,21 +96,21 @@ def rollout_records(
     return [
         {
             "step": step,
-            "id": item.rollout.prompt.id,
-            "prompt": item.rollout.prompt.text,
-            "finish_reason": item.rollout.finish_reason,
-            "tokens": [tokenizer.decode([token]) for token in item.rollout.response_ids],
-            "weights": _by_token(item, own, column),
-            "student_logprobs": _by_token(item, own, "logprobs"),
-            "teacher_logprobs": _by_token(item, own, "teacher_logprobs"),
+            "id": rollout.prompt.id,
+            "prompt": rollout.prompt.text,
+            "finish_reason": rollout.finish_reason,
+            "tokens": [tokenizer.decode([token]) for token in rollout.response_ids],
+            "weights": _by_token(rollout, own, column),
+            "student_logprobs": _by_token(rollout, own, "logprobs"),
+            "teacher_logprobs": _by_token(rollout, own, "teacher_logprobs"),
         }
-        for item, own in zip(scored, terms, strict=False)
+        for rollout, own in zip(rollouts, terms, strict=False)
     ]
 
 
-def _by_token(item: ScoredRollout, terms: RolloutTerms, column: str) -> list[float | None]:
+def _by_token(rollout: Rollout, terms: RolloutTerms, column: str) -> list[float | None]:
     """One number a response token, for JSON, which has no NaN."""
-    values = torch.full((len(item.rollout),), torch.nan).index_copy(0, terms.places, getattr(terms, column).float())
+    values = torch.full((len(rollout),), torch.nan).index_copy(0, terms.places, getattr(terms, column).float())
     return [round(value, 5) if value == value else None for value in values.tolist()]
 
 

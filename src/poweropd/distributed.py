@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from poweropd.errors import PeerError, RunError, UserError
 
@@ -90,7 +92,7 @@ class Processes(World):
         store: what they share before and after they can talk.
     """
 
-    def __init__(self, store: dist.Store) -> None:
+    def __init__(self, store: Store) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._store = store
         self._talk = dist.new_group(backend="gloo", timeout=PATIENCE)
@@ -153,7 +155,8 @@ class Processes(World):
             if said == INTERRUPTED:
                 raise KeyboardInterrupt from None
             raise PeerError(
-                said or f"one of the {self.size} processes of this run is gone, or cannot be reached; go on with --resume"
+                said
+                or f"one of the {self.size} processes of this run is gone, or cannot be reached; go on with --resume"
             ) from error
 
     def is_first_to_end(self, words: str) -> bool:
@@ -234,9 +237,9 @@ def _join() -> Processes:
         torch.cuda.set_device(own)
         backend = "cpu:gloo,cuda:nccl"
     try:
-        store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
+        store, rank, size = next(iter(rendezvous("env://", timeout=PATIENCE)))
         dist.init_process_group(
-            backend, store=dist.PrefixStore("ranks", store), rank=rank, world_size=size, timeout=PATIENCE
+            backend, store=PrefixStore("ranks", store), rank=rank, world_size=size, timeout=PATIENCE
         )
         return Processes(store)
     except (RuntimeError, ValueError) as error:

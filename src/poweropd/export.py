@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from poweropd.config import Recipe
@@ -40,16 +41,16 @@ The licences of the student, the teacher and the data apply.
 def export_student(
     student: Student, folder: Path, recipe: Recipe, stop_ids: tuple[int, ...], evaluations: Mapping[str, Summaries]
 ) -> None:
-    """Write weights, config, tokenizer and model card: beside `folder` first, then renamed.
+    """Write weights, config, tokenizer and model card: beside `folder` first, then renamed. All ranks call.
 
     Args:
         stop_ids: tokens that end an answer.
         evaluations: by whose they are, for the card.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    unfinished = folder.with_name(f".{folder.name}.partial")
+    student.world.on_main(partial(shutil.rmtree, unfinished, ignore_errors=True))
     student.model.generation_config.eos_token_id = list(stop_ids)
-    student.save(partial)
+    student.save(unfinished)
     card = CARD.format(
         student=recipe.student.model,
         teacher=" and ".join(dict.fromkeys(config.model for config in recipe.named_teachers.values())),
@@ -63,9 +64,13 @@ def export_student(
         stop_ids=list(stop_ids),
         results=_results(evaluations),
     )
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+
+    def finish() -> None:
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+
+    student.world.on_main(finish)
 
 
 def _results(evaluations: Mapping[str, Summaries]) -> str:

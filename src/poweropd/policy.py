@@ -1,8 +1,9 @@
 """The student: hidden states, LM head, optimizer step, save. Where it runs and in what precision stays in here."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from poweropd.adapters import add_adapters, plain_weights
 from poweropd.distributed import ALONE, World
 from poweropd.errors import RunError
 from poweropd.models import compute_precision, lm_head, no_progress_bars
 from poweropd.objectives.lm_head import LMHead
 from poweropd.packing import enable_packing
-from poweropd.sections import OptimizerConfig
+from poweropd.sections import LoRAConfig, OptimizerConfig
 from poweropd.sharding import Trunk, own_part, put, whole
 from poweropd.types import TokenBatch, UpdateResult
 
@@ -45,6 +47,8 @@ class Student:
         vocab_size, end_ids: see `LMHead`.
         steps: of the whole run, for the learning-rate schedule.
         precision: dtype of matmuls.
+        lora: adapters to train in the place of the weights, which then stay as they are.
+        seed: of how they begin.
         world: the ranks that train it together, all with the same weights.
         sharded: whether these spread weights, gradients and optimizer state among them.
     """
@@ -60,6 +64,8 @@ class Student:
         steps: int,
         precision: torch.dtype = torch.float32,
         gradient_checkpointing: bool = False,
+        lora: LoRAConfig | None = None,
+        seed: int = 0,
         world: World = ALONE,
         sharded: bool = False,
     ) -> None:
@@ -73,12 +79,13 @@ class Student:
         self._end_ids = end_ids
         self._precision = precision
         self.packed = enable_packing(model)
+        self._adapters = add_adapters(model, lora, seed=seed) if lora else None
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self._checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
         embedding = model.get_input_embeddings()
         lean = type(embedding) is torch.nn.Embedding and embedding.weight.requires_grad and not self.is_sharded
-        self._lookup = embedding if lean else None
+        self._lookup: Any = embedding if lean else None
         self._trunk = Trunk(model)
         world.copy_from_main([parameter.detach() for parameter in model.parameters()])
         if self.is_sharded:
@@ -168,42 +175,51 @@ class Student:
         self.optimizer.zero_grad()
         return UpdateResult(grad_norm=grad_norm, lr=lr)
 
-    def _trained(self) -> dict[str, torch.nn.Parameter]:
-        return {name: each for name, each in self.model.named_parameters() if each.requires_grad}
-
     def _gradients(self) -> list[Tensor]:
         """What this rank holds of them."""
         return [own_part(parameter.grad) for parameter in self._trained().values() if parameter.grad is not None]
 
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        return {name: each for name, each in self.model.named_parameters() if each.requires_grad}
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Its weights as they are now, whole, adapters merged, by the names of the plain model; tied ones once.
+
+        Where they are spread, all ranks must ask together.
+        """
+        return ((name, whole(weight)) for name, weight in plain_weights(self.model))
+
     def state(self) -> dict[str, Any]:
-        """All that decides the next update, of a student that is whole."""
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        """All that decides the next update of a student that is not spread: of one with adapters, not the weights that stay
+        as they are."""
+        weights = self.model.state_dict() if self._adapters is None else dict(self._trained())
+        return {"model": weights, "optimizer": self.optimizer.state_dict()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take up such a state, wherever it is to lie.
+        """Take up such a state, also where it is to be spread.
 
         Raises:
             RunError: it is that of another model.
         """
-        self.refuse_another({name: value.shape for name, value in state["model"].items()})
+        self.refuse_another({f"{MODEL}{name}": value.shape for name, value in state["model"].items()})
         if not self.is_sharded:
-            self.model.load_state_dict(state["model"])
+            self.model.load_state_dict({**self.model.state_dict(), **state["model"]})
             self.optimizer.load_state_dict(state["optimizer"])
             return
-        for name, parameter in self.model.named_parameters():
+        for place, (name, parameter) in enumerate(self._trained().items()):
             put(parameter, state["model"][name])
-        for place, parameter in enumerate(self._trained().values()):
-            for name, target in self._adam(parameter).items():
-                put(target, state["optimizer"]["state"][place][name])
+            for key, target in self._moments(parameter).items():
+                put(target, state["optimizer"]["state"][place][key])
 
     def shards(self) -> dict[str, Tensor]:
         """The same as this rank holds it, by name: to be saved, or to be read into."""
-        found = {f"{MODEL}{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
+        found = {}
         for name, parameter in self._trained().items():
-            found |= {f"optimizer.{name}.{key}": value for key, value in self._adam(parameter).items()}
+            found[f"{MODEL}{name}"] = parameter.detach()
+            found |= {f"optimizer.{name}.{key}": value for key, value in self._moments(parameter).items()}
         return found
 
-    def _adam(self, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
+    def _moments(self, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
         """The optimizer's state of a parameter; as it begins, before the first step."""
         state = self.optimizer.state[parameter]
         if not state:
@@ -212,34 +228,32 @@ class Student:
         return state
 
     def refuse_another(self, shapes: Mapping[str, torch.Size]) -> None:
-        """Raises RunError unless these are the names and shapes of the model's weights."""
-        own = {name: value.shape for name, value in self.model.named_parameters()}
+        """Raises RunError unless all that is trained is among these shapes of `shards`."""
+        own = {f"{MODEL}{name}": parameter.shape for name, parameter in self._trained().items()}
         different = [name for name, shape in own.items() if shapes.get(name) != shape]
         if different:
             name, *more = different
             there = tuple(shapes[name]) if name in shapes else "missing"
             raise RunError(
-                f"the checkpoint is of another model: {name} is {there} there and {tuple(own[name])} in the student, and "
-                f"{len(more)} more weights differ. Resume with the student that the run was started with"
+                f"the checkpoint is of another model: {name.removeprefix(MODEL)} is {there} in it and {tuple(own[name])} in "
+                f"the student, and {len(more)} more weights differ. Resume with the student that the run was started with"
             )
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights as they are now, named as in the plain model; tied ones once. All ranks must ask together."""
-        for name, parameter in self.model.named_parameters():
-            yield name, whole(parameter.detach())
+    def save(self, folder: Path) -> None:
+        """A folder that plain `AutoModelForCausalLM.from_pretrained` loads, with the tokenizer; the adapters merged, and
+        also by themselves below it, as `PeftModel.from_pretrained` loads them. Rank 0 writes it, all ranks call."""
+        weights = self._on_main(self.weights())
+        adapters = {} if self._adapters is None else self._adapters.state_dict()
+        adapters = self._on_main((name, whole(value)) for name, value in adapters.items() if "lora_" in name)
+        self.world.on_main(partial(self._write, folder, weights, adapters))
 
-    def whole_state(self) -> dict[str, Tensor]:
-        """The model's state with whole weights, to be saved; on the CPU where they are spread."""
-        if not self.is_sharded:
-            return self.model.state_dict()
-        return {name: value.cpu() for name, value in self.weights()}
+    def _on_main(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Those tensors on rank 0, none on others."""
+        return {name: value.cpu() for name, value in tensors if self.world.is_main}
 
-    def save(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
-        """A folder that plain `AutoModelForCausalLM.from_pretrained` loads, with the tokenizer.
-
-        Args:
-            state: of `whole_state`; None: as it is.
-        """
+    def _write(self, folder: Path, weights: dict[str, Tensor], adapters: dict[str, Tensor]) -> None:
         with no_progress_bars():
-            self.model.save_pretrained(folder, state_dict=self.whole_state() if state is None else state)
+            self.model.save_pretrained(folder, state_dict=weights)
+            if self._adapters is not None:
+                self._adapters.save_pretrained(str(folder / "adapter"), state_dict=adapters)
         self.tokenizer.save_pretrained(folder)

@@ -110,6 +110,19 @@ class RunDirectory:
         self.write_json(MANIFEST, {**known, **facts, "status": status, "updated": _now()})
 
 
+class Unrecorded(RunDirectory):
+    """A run directory as all ranks but the first have it: these write nothing of their own."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def close(self) -> None: ...
+    def write_text(self, name: str, text: str) -> None: ...
+    def append(self, log: str, *records: Mapping[str, Any]) -> None: ...
+    def rewind_logs(self, sizes: Mapping[str, int]) -> None: ...
+    def set_status(self, status: Status, **facts: Any) -> None: ...
+
+
 def status_of(path: Path) -> str:
     """The status in a run's manifest."""
     try:

@@ -18,6 +18,19 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+class LoRAConfig(Section):
+    """Low-rank adapters, arXiv 2106.09685: the student's own weights stay as they are."""
+
+    rank: Positive = 32
+    """Of the adapters' matrices."""
+    alpha: Positive = 64
+    """Adapters count `alpha / rank` times."""
+    rank_stabilized: bool = False
+    """Count them `alpha / sqrt(rank)` times, arXiv 2312.03732."""
+    modules: list[str] = []
+    """Layers that have one, such as q_proj; empty: all linear layers but the LM head."""
+
+
 class StudentConfig(Section):
     model: str
     """Hub id, local folder, or `quickstart:student`."""
@@ -27,6 +40,8 @@ class StudentConfig(Section):
     """Precision of matmuls; weights and optimizer stay fp32. `auto`: bfloat16 on a GPU, float32 on a CPU."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    lora: LoRAConfig | None = None
+    """Train adapters alone, such as `{rank: 32}`; null trains every weight. Wants a learning rate about ten times as high."""
 
 
 class TeacherConfig(Section):
@@ -39,6 +54,9 @@ class TeacherConfig(Section):
     tokens_per_batch: Positive = 16384
     """Tokens scored in one forward pass; padding counts too for models that cannot do without, such as those with sliding
     windows."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """Of several processes. `none`: each has the whole teacher. `fsdp`: its layers are spread over them; it then scores, but
+    cannot sample."""
     weight: Share | None = None
     """Its share of the mixture of all `teachers`; they sum to 1."""
 
@@ -197,6 +215,9 @@ class TrainConfig(Section):
     cannot do without, such as those with sliding windows."""
     seed: NonNegative = 0
     """Decides data order and every sample."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """Of several processes, see `torchrun`. `none`: each has the whole student. `fsdp`: weights, gradients and optimizer
+    state are spread over them, and each samples from a copy in the precision of matmuls."""
     threads: Positive | None = None
     """CPU threads; null leaves the choice to torch. Tiny models are faster with one."""
 

@@ -44,8 +44,8 @@ class Trunk(torch.nn.Module):
 
 def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
     """The layers of a model: its longest list of modules."""
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return list(max(lists, key=len))
+    lists = [list(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=len)
 
 
 def own_part(tensor: Tensor) -> Tensor:

@@ -8,8 +8,10 @@ from typing import Protocol
 
 from poweropd import checkpoint, cpu, guards
 from poweropd.assembly import assemble
+from poweropd.batching import shared_out
 from poweropd.config import Recipe, label, load_recipe
 from poweropd.diagnostics import Clock, GradNorms, loss_metrics, rollout_metrics, rollout_records
+from poweropd.distributed import ALONE, World
 from poweropd.errors import CollapseError, NonFiniteError, RunError
 from poweropd.evaluation.grading import Grader
 from poweropd.evaluation.runner import evaluate
@@ -20,9 +22,11 @@ from poweropd.objectives import Objective, build
 from poweropd.objectives.schedules import Coefficient
 from poweropd.rollout.engine import Sampler
 from poweropd.rollout.golden import GoldenEngine
+from poweropd.rollout.shared import driven
 from poweropd.rollout.sources import off_policy_notes
-from poweropd.runlog import CHECKPOINTS, RECIPE, STUDENT, SUMMARY, RunDirectory
+from poweropd.runlog import CHECKPOINTS, RECIPE, STUDENT, SUMMARY, RunDirectory, Unrecorded
 from poweropd.step_statistics import StepStatistics
+from poweropd.streaming import merge_ranks
 from poweropd.teacher.scorer import judge
 from poweropd.trackers import Trackers, require
 from poweropd.types import Prompt, ScoredRollout
@@ -30,7 +34,8 @@ from poweropd.update import GradientResult, accumulate_gradient
 
 UNTRAINED = "000000"  # a place below eval/; those of trained students are named by step
 MAY_CHANGE_ON_RESUME = {
-    "train": {"steps"},
+    "train": {"steps", "sharding"},
+    "teacher": {"sharding"},
     "checkpoint": True,
     "guard": True,
     "log": True,
@@ -47,24 +52,28 @@ class Observer(Protocol):
     def on_step(self, step: int, steps: int, metrics: dict[str, float]) -> None: ...
 
 
-def train(recipe: Recipe, out: Path, observer: Observer, *, resume: bool = False) -> None:
-    """Run a recipe in a new directory, or go on with the run in `out`.
+def train(recipe: Recipe, out: Path, observer: Observer, *, resume: bool = False, world: World = ALONE) -> None:
+    """Run a recipe in a new directory, or go on with the run in `out`. Of several ranks, all call; the first records.
 
     Raises:
         UserError: what is wrong, in one line; nothing of the run is lost.
         KeyboardInterrupt: the user stopped it; it can be resumed.
     """
     require(recipe.log.trackers)
-    with (
-        RunDirectory.open(out) if resume else RunDirectory.create(out, recipe.to_yaml()) as run,
-        Trackers(recipe, run, observer, resume=resume) as trackers,
-    ):
-        if (out / SUMMARY).is_file() and checkpoint.newest_step(out / CHECKPOINTS) == recipe.train.steps:
+
+    def opened() -> RunDirectory:
+        if not world.is_main:
+            return Unrecorded(out)
+        return RunDirectory.open(out) if resume else RunDirectory.create(out, recipe.to_yaml())
+
+    with world.agreed(opened) as run, Trackers(recipe, run, observer, resume=resume) as trackers:
+        if world.on_main(lambda: _is_finished(out, recipe.train.steps)):
             observer.say(f"{out} is finished, all {recipe.train.steps} steps; nothing to resume")
             return
         run.set_status("running")
         try:
-            _Training(recipe, run, observer, trackers).run()
+            with world.in_words():
+                _Training(recipe, run, observer, trackers, world).run()
         except KeyboardInterrupt:
             run.set_status("interrupted")
             raise
@@ -76,6 +85,10 @@ def train(recipe: Recipe, out: Path, observer: Observer, *, resume: bool = False
         except BaseException as error:
             run.set_status("failed", error=str(error))
             raise
+
+
+def _is_finished(out: Path, steps: int) -> bool:
+    return (out / SUMMARY).is_file() and checkpoint.newest_step(out / CHECKPOINTS) == steps
 
 
 def recipe_to_resume(out: Path, overrides: list[str] | None = None) -> Recipe:
@@ -91,21 +104,23 @@ def recipe_to_resume(out: Path, overrides: list[str] | None = None) -> Recipe:
     if started.model_dump(exclude=MAY_CHANGE_ON_RESUME) != wanted.model_dump(exclude=MAY_CHANGE_ON_RESUME):  # type: ignore[arg-type]
         raise RunError(
             f"--set {' '.join(overrides or [])}: the run in {out} was started otherwise. On --resume only train.steps, "
-            "evaluation.every, .subset and .cache, checkpoint, guard and log may change; start a new run for the rest"
+            "train.sharding, teacher.sharding, evaluation.every, .subset and .cache, checkpoint, guard and log may change; "
+            "start a new run for the rest"
         )
     return wanted
 
 
 class _Training:
-    """One run, from its parts to its finished student."""
+    """One run, from its parts to its finished student. Of several ranks, each computes its share and knows all results."""
 
-    def __init__(self, recipe: Recipe, run: RunDirectory, observer: Observer, trackers: Trackers) -> None:
+    def __init__(self, recipe: Recipe, run: RunDirectory, observer: Observer, trackers: Trackers, world: World) -> None:
         self._recipe = recipe
         self._run = run
         self._observer = observer
         self._trackers = trackers
+        self._world = world
         cpu.settle(recipe.train.threads)
-        self._parts = assemble(recipe)
+        self._parts = assemble(recipe, world)
         self._guard = guards.CollapseGuard(recipe.guard)
         self._reference_kl = Coefficient.of(self._parts.objective.settings, "reference_kl")
         self._golden = Coefficient.of(self._parts.objective.settings, "golden")
@@ -120,10 +135,14 @@ class _Training:
         )
         for message in parts.pair.introduction():
             self._observer.say(message)
-        self._observer.say(f"{parts.objective}: {recipe.train.steps} steps of {recipe.train.prompts_per_step} prompts")
+        on = f" on {self._world.size} processes" if self._world.size > 1 else ""
+        self._observer.say(
+            f"{parts.objective}: {recipe.train.steps} steps of {recipe.train.prompts_per_step} prompts{on}"
+        )
         for note in off_policy_notes(recipe.rollout, parts.objective):
             self._observer.say(note)
-        self._trackers.start(checkpoint.newest_step(self._run.path / CHECKPOINTS) or 0)
+        if self._world.is_main:
+            self._trackers.start(checkpoint.newest_step(self._run.path / CHECKPOINTS) or 0)
         evaluations: dict[str, Summaries] = {}
         if parts.problems:
             if recipe.evaluation.teacher:
@@ -145,7 +164,7 @@ class _Training:
         self._run.set_status("finished")
 
     def _loop(self, start: int) -> None:
-        config, log, parts = self._recipe.train, self._recipe.log, self._parts
+        config, log, parts, world = self._recipe.train, self._recipe.log, self._parts, self._world
         tokenizer, device = parts.pair.tokenizer, parts.student.device
         with StopRequest(lambda: self._observer.say("stopping after this step; once more to stop at once")) as stop:
             for step in range(start, config.steps):
@@ -155,19 +174,23 @@ class _Training:
                 rollouts = parts.engine.generate(prompts, parts.sampling, seed=step_seed(config.seed, step))
                 clock.lap("rollout")
                 objective = self._objective_at(step)
-                scored = judge(rollouts, objective, parts.teacher, parts.reference)
+                share = shared_out(rollouts, world.size)[world.rank]
+                own = [rollouts[place] for place in share]
+                scored = world.agreed(partial(judge, own, objective, parts.teacher, parts.reference))
                 clock.lap("teacher")
                 in_detail = step % log.rollouts_every == 0 or done == config.steps
                 seen = StepStatistics(objective, rollouts, parts.sampling, device=device, detailed=in_detail)
                 keep = log.rollouts if in_detail else 0
                 result = accumulate_gradient(
-                    parts.student, scored, objective, parts.how, version=step, watch=seen.add, keep=keep
+                    parts.student, scored, objective, parts.how, version=step, watch=seen.add, keep=keep, places=share
                 )
+                merge_ranks(seen.parts)
                 golden = self._add_golden_answers(prompts, objective)
+                parts.student.add_up_gradients()
                 grad_norm = parts.student.gradient_norm()
                 guards.refuse_non_finite(result, grad_norm, rollouts, tokenizer, step)
                 update = parts.student.update(step, grad_norm)
-                parts.engine.update_weights(version=done)
+                parts.update_engines(done)
                 clock.lap("update")
 
                 metrics = loss_metrics(result, golden, objective) | {"lr": update.lr} | seen.metrics()
@@ -181,16 +204,17 @@ class _Training:
                 if in_detail:
                     self._run.append("positions", *seen.position_records(step))
                     self._run.append("distributions", seen.distribution_record(step))
-                    self._run.append("rollouts", *rollout_records(step, scored, result.terms, objective, tokenizer))
+                    self._run.append("rollouts", *rollout_records(step, rollouts, result.terms, objective, tokenizer))
                 self._observer.on_step(done, config.steps, metrics)
                 if _is_due(done, self._recipe.evaluation.every) and done < config.steps and parts.problems:
                     name = f"student at step {done}"
                     self._evaluate(f"{done:06d}", parts.student_engine, name, subset=self._recipe.evaluation.subset)
                 if alarm := self._guard.observe(step, metrics):
                     self._heed(alarm)
-                if _is_due(done, self._recipe.checkpoint.every) or done == config.steps or stop.requested:
+                stops = any(world.gather(stop.requested))
+                if _is_due(done, self._recipe.checkpoint.every) or done == config.steps or stops:
                     self._checkpoint(done)
-                if stop.requested and done < config.steps:
+                if stops and done < config.steps:
                     raise KeyboardInterrupt
 
     def _objective_at(self, step: int) -> Objective:
@@ -205,9 +229,10 @@ class _Training:
         if not objective.golden_weight:
             return None
         answers = GoldenEngine().generate(prompts, self._parts.sampling, seed=0)
-        scored = [ScoredRollout(answer) for answer in answers]
-        student, how = self._parts.student, self._parts.how
-        return accumulate_gradient(student, scored, build("sft"), how, weight=objective.golden_weight, keep=0)
+        share = shared_out(answers, self._world.size)[self._world.rank]
+        scored = [ScoredRollout(answers[place]) for place in share]
+        student, how, weight = self._parts.student, self._parts.how, objective.golden_weight
+        return accumulate_gradient(student, scored, build("sft"), how, weight=weight, keep=0, places=share)
 
     def _heed(self, alarm: guards.Alarm) -> None:
         """Do what the recipe says of a collapse.
@@ -235,23 +260,27 @@ class _Training:
             subset: ask so many problems of each set only.
         """
         config, parts = self._recipe.evaluation, self._parts
-        summaries = {}
-        with Grader(mode=config.grading) as grader:
-            for problems in parts.problems:
-                title = name if len(parts.problems) == 1 else f"{name}, {problems.title}"
-                summaries[problems.name] = evaluate(
-                    engine,
-                    parts.pair.tokenizer,
-                    problems.subset(subset),
-                    parts.asking,
-                    grader,
-                    self._run.path / "eval" / place,
-                    cache=Path(config.cache) if config.cache else None,
-                    replace_other=True,  # a checkpoint was gone back to, and the steps since were taken otherwise
-                    on_progress=partial(self._observer.on_evaluation, title),
-                )
-                self._trackers.log_evaluation(place, problems.name, summaries[problems.name])
-        return summaries
+
+        def evaluate_all(sampler: Sampler) -> Summaries:
+            summaries = {}
+            with Grader(mode=config.grading) as grader:
+                for problems in parts.problems:
+                    title = name if len(parts.problems) == 1 else f"{name}, {problems.title}"
+                    summaries[problems.name] = evaluate(
+                        sampler,
+                        parts.pair.tokenizer,
+                        problems.subset(subset),
+                        parts.asking,
+                        grader,
+                        self._run.path / "eval" / place,
+                        cache=Path(config.cache) if config.cache else None,
+                        replace_other=True,  # a checkpoint was gone back to, and the steps since were taken otherwise
+                        on_progress=partial(self._observer.on_evaluation, title),
+                    )
+                    self._trackers.log_evaluation(place, problems.name, summaries[problems.name])
+            return summaries
+
+        return driven(engine, self._world, evaluate_all)
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._started
@@ -263,16 +292,20 @@ class _Training:
             RunError: it cannot be written.
         """
         root = self._run.path / CHECKPOINTS
+        student = self._parts.student
         state = {
-            "student": self._parts.student.state(),
+            "student": None if student.is_sharded else student.state(),
             "random": checkpoint.random_states(),
             "guard": self._guard.state(),
             "reference_kl": self._reference_kl.state(),
             "grad_norms": self._grad_norms.state(),
         }
         meta = {"step": step, "seconds": self._seconds(), "logs": self._run.log_sizes()}
+        shards = student.shards() if student.is_sharded else None
         try:
-            checkpoint.save(root, step, state, meta, keep=self._recipe.checkpoint.keep)
+            checkpoint.save(
+                root, step, state, meta, keep=self._recipe.checkpoint.keep, shards=shards, world=self._world
+            )
         except OSError as error:
             newest = checkpoint.newest_step(root)
             remains = "there is no earlier one" if newest is None else f"that of step {newest} is intact"
@@ -283,13 +316,18 @@ class _Training:
 
     def _restore(self) -> int:
         """Load the newest checkpoint, if there is one; returns the step to go on with."""
-        loaded = checkpoint.load_latest(self._run.path / CHECKPOINTS)
+        root, student = self._run.path / CHECKPOINTS, self._parts.student
+        loaded = checkpoint.load_latest(root, self._world)
         if loaded is None:
             self._run.rewind_logs({})
             return 0
         state, meta = loaded
-        self._parts.student.load_state(state["student"])
-        self._parts.engine.update_weights(version=meta["step"])
+        if state["student"] is None:
+            student.refuse_another(checkpoint.shapes_of_shards(root, meta["step"]))
+            checkpoint.read_shards(root, meta["step"], student.shards(), self._world)
+        else:
+            student.load_state(state["student"])
+        self._parts.update_engines(meta["step"])
         checkpoint.set_random_states(state["random"])
         stateful = ("guard", self._guard), ("reference_kl", self._reference_kl), ("grad_norms", self._grad_norms)
         for name, part in stateful:

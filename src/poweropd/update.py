@@ -235,9 +235,7 @@ def _rollouts_tell(
 def _prompt_numbers(scored: Sequence[ScoredRollout], places: Sequence[int]) -> dict[int, int]:
     """By the place of each rollout, the place of the first one of the same prompt."""
     firsts: dict[str, int] = {}
-    return {
-        place: firsts.setdefault(item.rollout.prompt.id, place) for item, place in zip(scored, places, strict=True)
-    }
+    return {place: firsts.setdefault(item.rollout.prompt.id, place) for item, place in zip(scored, places, strict=True)}
 
 
 @torch.no_grad()

@@ -48,33 +48,44 @@ def train(
     """
     with plain_errors(debug):
         from poweropd.config import load_recipe
-        from poweropd.errors import ConfigError
+        from poweropd.distributed import joined
 
-        if resume:
-            if out is None:
-                raise ConfigError("--resume needs --out: the run directory to go on with")
-            _train(None, out, sets)
+        if dry_run and recipe is not None:
+            _dry_run(load_recipe(recipe, sets))
             return
-        if recipe is None:
-            raise ConfigError("give a recipe, for example recipes/quickstart.yaml, or --resume --out DIR")
-        loaded = load_recipe(recipe, sets)
-        if dry_run:
-            _dry_run(loaded)
-        else:
-            _train(loaded, out or free(Path("runs") / recipe.stem), sets)
+        with joined() as world:
+            _train(*world.on_main(lambda: _asked(recipe, out, sets, resume=resume)), resume=resume, world=world)
 
 
-def _train(recipe: Any, out: Path, sets: list[str] | None) -> None:
-    """Start `recipe`, or resume the run in `out` when it is None; then write the report."""
+def _asked(recipe: Path | None, out: Path | None, sets: list[str] | None, *, resume: bool) -> tuple[Any, Path]:
+    """The recipe to train, and where."""
+    from poweropd.config import load_recipe
+    from poweropd.errors import ConfigError
+    from poweropd.train import recipe_to_resume
+
+    if resume:
+        if out is None:
+            raise ConfigError("--resume needs --out: the run directory to go on with")
+        return recipe_to_resume(out, sets), out
+    if recipe is None:
+        raise ConfigError("give a recipe, for example recipes/quickstart.yaml, or --resume --out DIR")
+    return load_recipe(recipe, sets), out or free(Path("runs") / recipe.stem)
+
+
+def _train(recipe: Any, out: Path, *, resume: bool, world: Any) -> None:
+    """Start the recipe or resume the run; then write the report. Of several processes, the first speaks."""
+    from rich.console import Console
+
     from poweropd.console import ConsoleObserver
     from poweropd.report.html import write_report
     from poweropd.report.runs import read_run
     from poweropd.report.verdict import headline
-    from poweropd.train import recipe_to_resume
     from poweropd.train import train as run_training
 
-    with ConsoleObserver(console) as observer:
-        run_training(recipe or recipe_to_resume(out, sets), out, observer, resume=recipe is None)
+    with ConsoleObserver(console if world.is_main else Console(quiet=True)) as observer:
+        run_training(recipe, out, observer, resume=resume, world=world)
+    if not world.is_main:
+        return
     run = read_run(out)
     write_report([run], out / "report.html")
     console.print(headline(run), markup=False)
