@@ -110,8 +110,12 @@ class Student:
     def hidden_at_loss(self, batch: TokenBatch) -> Tensor:
         """Last hidden states [N, H] that predict the loss tokens of a batch, in the precision of matmuls, with their graph."""
         with self._lean_backward(), compute_precision(self.device, self._precision):
-            every_hidden = self._trunk(batch.input_ids, batch.lengths)
-        return every_hidden.index_select(0, batch.loss_positions).to(self._precision)
+            hidden = self._trunk(batch.input_ids, batch.lengths, batch.loss_positions)
+        return hidden.to(self._precision)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a loss; where weights are spread, that of the sum of all ranks' losses, which all call."""
+        (loss * self.world.size if self.is_sharded else loss).backward()  # spread gradients are means over the ranks
 
     @contextmanager
     def _lean_backward(self) -> Iterator[None]:

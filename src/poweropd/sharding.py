@@ -23,11 +23,12 @@ class Trunk(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
-        return hidden_states(self.model, input_ids, lengths)
+    def forward(self, input_ids: Tensor, lengths: Sequence[int], positions: Tensor) -> Tensor:
+        """Those at `positions` [N], of the rows that `hidden_states` takes."""
+        return hidden_states(self.model, input_ids, lengths).index_select(0, positions)
 
     def shard(self, *, layers_only: bool = False) -> None:
-        """Leave this rank its part of every weight, and its part of the sum over all ranks of every gradient.
+        """Leave this rank its part of every weight, and its part of the mean over all ranks of every gradient.
 
         Args:
             layers_only: embedding, last norm and LM head stay whole on every rank; for a model that is not trained.
@@ -38,8 +39,6 @@ class Trunk(torch.nn.Module):
         inside = {parameter for layer in layers for parameter in layer.parameters()}
         whole = {parameter for parameter in self.model.parameters() if parameter not in inside}
         fully_shard(self, reshard_after_forward=False, ignored_params=whole if layers_only else None)
-        for module in (self, *layers):
-            module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
 
 
 def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:

@@ -151,7 +151,7 @@ def accumulate_gradient(
             importance_cap=how.importance_cap or torch.inf,
             in_place=not student.is_sharded,
         )
-        found.loss.backward()
+        student.backward(found.loss)
         found = found._replace(loss=found.loss.detach())
         loss += found.loss
         seen.append((group, batch, found))
