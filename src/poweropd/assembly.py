@@ -51,11 +51,6 @@ class Parts:
     asking: Asking
     data_fingerprint: str
 
-    def update_engines(self, version: int) -> None:
-        """Have all engines sample from the student as it is after `version` optimizer steps."""
-        for engine in (self.engine, self.student_engine):  # the first may do without the second
-            engine.update_weights(version=version)
-
 
 def assemble(recipe: Recipe, world: World = ALONE) -> Parts:
     """Build every part of a run; of one of several ranks, its own.
@@ -71,7 +66,8 @@ def assemble(recipe: Recipe, world: World = ALONE) -> Parts:
     )
     prompts, problems = load_data(recipe, pair, sampling)
     sharded = recipe.train.sharding == "fsdp" and world.size > 1
-    twin = Replica(pair.student, pair.precision) if recipe.student.lora or sharded else None
+    apart = recipe.student.lora or recipe.rollout.max_staleness or sharded
+    twin = Replica(pair.student, pair.precision) if apart else None
     student = Student(
         pair.student,
         pair.tokenizer,
@@ -110,7 +106,7 @@ def assemble(recipe: Recipe, world: World = ALONE) -> Parts:
         student=student,
         teacher=teacher,
         teachers=teachers,
-        engine=SharedEngine(SourceEngine(engines, dict(rollout.sources.items())), world),
+        engine=SharedEngine(SourceEngine(engines, dict(rollout.sources.items())), world.apart()),
         student_engine=student_engine,
         teacher_engines=teacher_engines,
         objective=objective,

@@ -76,6 +76,10 @@ class World:
         """Rows `[n, ...]` of all ranks, one rank behind the other."""
         return tensor
 
+    def apart(self) -> "World":
+        """The same ranks for a thread of its own, whose calls do not mix with those of others."""
+        return self
+
     @contextmanager
     def in_words(self) -> Iterator[None]:
         """Within this context, a rank that has gone is a `PeerError`."""
@@ -143,6 +147,9 @@ class Processes(World):
         parts = [torch.empty_like(padded) for _ in lengths]
         dist.all_gather(parts, padded)
         return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+    def apart(self) -> "Processes":
+        return Processes(self._store)
 
     @contextmanager
     def in_words(self) -> Iterator[None]:

@@ -36,6 +36,7 @@ class StepStatistics:
 
     Args:
         rollouts: those of the step.
+        version: optimizer steps that the student has taken; rollouts of older versions are off-policy. None: none is.
         sampling: how they were drawn.
         device: where the tokens are.
         detailed: whether positions and distributions are wanted, beside metrics.
@@ -47,13 +48,21 @@ class StepStatistics:
         rollouts: Sequence[Rollout],
         sampling: Sampling,
         *,
+        version: int | None = None,
         device: torch.device | str = "cpu",
         detailed: bool = True,
     ) -> None:
         self._objective = objective
         self._signal = signal_of(objective)
         self._is_full_softmax = sampling.is_plain
-        self._is_on_policy = sampling.is_plain and all(rollout.source == "student" for rollout in rollouts)
+        self._is_on_policy = sampling.is_plain and all(
+            rollout.source == "student" and (version is None or rollout.policy_version >= version)
+            for rollout in rollouts
+        )
+        self._is_off_policy = any(
+            rollout.source != "golden" and (rollout.source != "student" or rollout.policy_version < (version or 0))
+            for rollout in rollouts
+        )
         self._detailed = detailed
         bins = POSITION_BINS if detailed else 0
         self._keys: tuple[str, ...] = ()
@@ -97,6 +106,9 @@ class StepStatistics:
             "entropy/teacher": terms.teacher_entropies.double(),
             "top1_agreement": terms.top1_agreement.double(),
         }
+        if self._is_off_policy:
+            told = batch.inputs.rollout_logprobs  # of a micro-batch that others drew a part of
+            numbers["rollout/off_policy"] = (logprobs - (torch.nan if told is None else told.double())).abs()
         if self._signal == "reward":
             both = (signal != 0) & (log_ratio != 0) & log_ratio.isfinite()
             numbers["reward/sign_agreement"] = _where(both, (signal > 0) == (log_ratio > 0))

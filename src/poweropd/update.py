@@ -117,7 +117,8 @@ def accumulate_gradient(
 
     Args:
         scored: this rank's share of the rollouts, with all samples of a prompt.
-        version: optimizer steps that the student has taken; rollouts of older versions do not tell. None: none do.
+        version: optimizer steps that the student has taken; rollouts of older versions are off-policy. None: none is, and
+            none tells.
         watch: is shown every micro-batch.
         keep: of how many rollouts the terms are kept, from the first; None: of all.
         places: where the rollouts of the share stand among all; None: they are all.
@@ -125,7 +126,7 @@ def accumulate_gradient(
     world = student.world
     places = range(len(scored)) if places is None else places
     groups = list(_groups(scored, how.tokens, packed=student.packed))
-    batches = [_batch([scored[index] for index in group], student, how) for group in groups]
+    batches = [_batch([scored[index] for index in group], student, how, version) for group in groups]
     tell = objective.needs_whole_step and _rollouts_tell(scored, batches, objective, how, version)
     counts = world.gather((sum(batch.num_loss_tokens for batch in batches), len(batches), tell))
     tokens, passes, told = zip(*counts, strict=True)
@@ -174,7 +175,7 @@ def _nothing(student: Student, how: MicroBatches) -> TokenBatch:
     """A micro-batch without a loss token."""
     rollout = Rollout(Prompt("", (0,)), (0,), (0.0,), "length")
     unknown = TeacherScores(torch.zeros(1))
-    return _batch([ScoredRollout(rollout, unknown, unknown)], student, replace(how, masked_ids=(0,)))
+    return _batch([ScoredRollout(rollout, unknown, unknown)], student, replace(how, masked_ids=(0,)), version=None)
 
 
 def _terms_to_keep(group: Sequence[int], batch: TokenBatch, found: LossTerms, keep: float) -> dict[int, RolloutTerms]:
@@ -209,8 +210,8 @@ def _groups(scored: Sequence[ScoredRollout], tokens: int, *, packed: bool) -> It
             yield [members[place] for place in group]
 
 
-def _batch(scored: Sequence[ScoredRollout], student: Student, how: MicroBatches) -> TokenBatch:
-    batch = collate(scored, masked_end_ids=how.masked_end_ids, masked_ids=how.masked_ids)
+def _batch(scored: Sequence[ScoredRollout], student: Student, how: MicroBatches, version: int | None) -> TokenBatch:
+    batch = collate(scored, masked_end_ids=how.masked_end_ids, masked_ids=how.masked_ids, version=version)
     if how.importance_cap is None:
         batch = replace(batch, inputs=replace(batch.inputs, rollout_logprobs=None))
     return batch.to(student.device)
