@@ -59,10 +59,6 @@ class StepStatistics:
             rollout.source == "student" and (version is None or rollout.policy_version >= version)
             for rollout in rollouts
         )
-        self._is_off_policy = any(
-            rollout.source != "golden" and (rollout.source != "student" or rollout.policy_version < (version or 0))
-            for rollout in rollouts
-        )
         self._detailed = detailed
         bins = POSITION_BINS if detailed else 0
         self._keys: tuple[str, ...] = ()
@@ -96,6 +92,7 @@ class StepStatistics:
     def _numbers(self, batch: TokenBatch, terms: LossTerms) -> dict[str, Tensor]:
         """[N] each, fp64: what the metrics are means of, first those that are sketched; NaN where a token has none."""
         logprobs, teacher_logprobs = terms.logprobs.double(), terms.teacher_logprobs.double()
+        drawn_by_others = batch.inputs.rollout_logprobs
         signal, log_ratio = getattr(terms, SIGNALS[self._signal]).double(), teacher_logprobs - logprobs
         numbers = {
             self._signal: signal,
@@ -105,10 +102,8 @@ class StepStatistics:
             "entropy/student": terms.entropies.double(),
             "entropy/teacher": terms.teacher_entropies.double(),
             "top1_agreement": terms.top1_agreement.double(),
+            "rollout/off_policy": (logprobs - (torch.nan if drawn_by_others is None else drawn_by_others.double())).abs(),
         }
-        if self._is_off_policy:
-            told = batch.inputs.rollout_logprobs  # of a micro-batch that others drew a part of
-            numbers["rollout/off_policy"] = (logprobs - (torch.nan if told is None else told.double())).abs()
         if self._signal == "reward":
             both = (signal != 0) & (log_ratio != 0) & log_ratio.isfinite()
             numbers["reward/sign_agreement"] = _where(both, (signal > 0) == (log_ratio > 0))
