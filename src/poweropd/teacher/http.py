@@ -1,11 +1,11 @@
 """Requests to a teacher on another machine: repeated until they are answered, or a deadline has passed."""
 
-import random
 import ssl
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
+from random import Random
 from typing import TypeVar
 from urllib.parse import urlsplit
 
@@ -18,7 +18,7 @@ CHUNK = 1 << 20
 TOO_MANY_REQUESTS = 429  # a busy server, unlike the other 4xx
 
 
-class Damaged(Exception):
+class UnusableAnswerError(Exception):
     """An answer that may be right when it is asked for again."""
 
 
@@ -42,6 +42,7 @@ class Connection:
         self._token = token
         self._timeout_s, self._deadline_s = timeout_s, deadline_s
         host, port, secure, self._prefix = _parts(self.url)
+        self._random = Random()  # its own: retries must not move the generator that a run is resumed with
         self._http = (HTTPSConnection if secure else HTTPConnection)(host, port)
 
     def get(self, path: str) -> bytes:
@@ -60,7 +61,7 @@ class Connection:
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Answer:
-        """What `read` makes of the answer's body; it raises `Damaged` for one that is to be asked for again.
+        """What `read` makes of the answer's body; it raises `UnusableAnswerError` for one that is to be asked for again.
 
         Raises:
             TeacherError: the server refuses (4xx), or the deadline has passed without an answer.
@@ -72,10 +73,10 @@ class Connection:
                 return read(self._attempt(method, path, body, headers or {}, started + self._deadline_s))
             except ssl.SSLCertVerificationError as error:
                 raise TeacherError(f"the certificate of {self.url} is not trusted: {error.verify_message}") from None
-            except (OSError, HTTPException, Damaged) as error:
+            except (OSError, HTTPException, UnusableAnswerError) as error:
                 self.close()
                 reason = _reason(error)
-            passed, wait = time.monotonic() - started, pause * random.uniform(0.5, 1.0)
+            passed, wait = time.monotonic() - started, pause * self._random.uniform(0.5, 1.0)
             if passed + wait > self._deadline_s:
                 raise TeacherError(
                     f"the teacher at {self.url} gave no usable answer to {path} in {passed:.0f} s, {attempts} "
@@ -98,7 +99,7 @@ class Connection:
         response = self._http.getresponse()
         found = _read(response, end)
         if response.status >= 500 or response.status == TOO_MANY_REQUESTS:
-            raise Damaged(f"status {response.status} {_first_line(found) or response.reason}")
+            raise UnusableAnswerError(f"status {response.status} {_first_line(found) or response.reason}")
         if response.status != 200:
             self.close()
             raise TeacherError(self._refusal(response.status, _first_line(found) or response.reason))
@@ -135,6 +136,7 @@ def _read(response: HTTPResponse, end: float) -> bytes:
             raise TimeoutError("it was still answering")
     if response.length:
         raise IncompleteRead(b"", response.length)
+    response.close()  # of the answer alone: now the connection takes the next request
     return b"".join(parts)
 
 
