@@ -1,8 +1,10 @@
 """A teacher that is a transformers model in this process."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from poweropd.batching import collate, group_by_tokens
@@ -10,9 +12,10 @@ from poweropd.models import hidden_states, lm_head
 from poweropd.objectives import Needs
 from poweropd.objectives.fused import TokenScores, token_scores
 from poweropd.objectives.lm_head import Distribution
+from poweropd.objectives.softmax import score_rows
 from poweropd.packing import enable_packing
 from poweropd.teacher.scorer import teacher_scores
-from poweropd.types import Rollout, ScoredRollout, TeacherScores
+from poweropd.types import Rollout, ScoredRollout, TeacherScores, TokenBatch
 
 
 class HFTeacher:
@@ -43,12 +46,28 @@ class HFTeacher:
             scores |= zip(group, self._score_group([rollouts[index] for index in group], needs, k), strict=True)
         return [scores[index] for index in range(len(rollouts))]
 
+    @torch.no_grad()
+    def logprobs_of(self, rollouts: Sequence[Rollout], ids: Sequence[Tensor]) -> list[Tensor]:
+        """log p [T, m], fp32, of any tokens `ids` [T, m] in the places of each rollout's T response tokens."""
+        found: dict[int, Tensor] = {}
+        for group in group_by_tokens(rollouts, self._tokens_per_batch, packed=self._packed):
+            _, hidden = self._forward([rollouts[index] for index in group])
+            wanted = self._head.canonical(torch.cat([ids[index] for index in group]).to(hidden.device))
+            head = replace(self._head, weight=self._head.weight.to(hidden.dtype))
+            logprobs = score_rows(hidden, head, wanted).logprobs.cpu()
+            found |= zip(group, logprobs.split([len(rollouts[index]) for index in group]), strict=True)
+        return [found[index] for index in range(len(rollouts))]
+
     def _score_group(self, rollouts: list[Rollout], needs: Needs, k: int) -> list[TeacherScores]:
-        batch = collate([ScoredRollout(rollout) for rollout in rollouts]).to(self._model.device)
-        hidden = hidden_states(self._model, batch.input_ids, batch.lengths)[batch.loss_positions]
+        batch, hidden = self._forward(rollouts)
         lengths = [len(rollout) for rollout in rollouts]
         if needs == "full":
             return [TeacherScores(distribution=Distribution((rows,), (self._head,))) for rows in hidden.split(lengths)]
         scores = token_scores(hidden, self._head, batch.inputs.target_ids, k=k if needs == "top_k" else 0)
         columns = zip(*(column.cpu().split(lengths) for column in scores), strict=True)
         return [teacher_scores(TokenScores(*column), needs) for column in columns]
+
+    def _forward(self, rollouts: Sequence[Rollout]) -> tuple[TokenBatch, Tensor]:
+        """Rollouts as a batch, and the hidden states [N, H] that predict their response tokens."""
+        batch = collate([ScoredRollout(rollout) for rollout in rollouts]).to(self._model.device)
+        return batch, hidden_states(self._model, batch.input_ids, batch.lengths)[batch.loss_positions]
