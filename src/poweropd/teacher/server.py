@@ -58,7 +58,7 @@ class TeacherServer(ThreadingHTTPServer):
         for (path, status), number in sorted(self.requests.items()):
             lines.append(f'poweropd_teacher_requests_total{{path="{path}",status="{status}"}} {number}')
         for name, value in (("tokens", self.service.tokens), ("seconds", self.service.seconds)):
-            lines += [f"# TYPE poweropd_teacher_{name}_total counter", f"poweropd_teacher_{name}_total {value:g}"]
+            lines += [f"# TYPE poweropd_teacher_{name}_total counter", f"poweropd_teacher_{name}_total {value}"]
         return "\n".join(lines) + "\n"
 
 
@@ -72,6 +72,7 @@ def is_loopback(host: str) -> bool:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = IDLE_S
+    disable_nagle_algorithm = True  # else an answer's body waits for its header to be acknowledged
     server: TeacherServer
 
     def do_GET(self) -> None:
