@@ -118,6 +118,38 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _teachers_can_do_what_is_asked(self) -> Self:
+        teachers = self.named_teachers
+        remote = [name for name, config in teachers.items() if not config.can_sample]
+        asked = "rollout.teacher_mixing" if self.rollout.teacher_mixing else "rollout.sources teacher"
+        if remote and (self.rollout.teacher_mixing or "teacher" in self.rollout.sources):
+            raise ValueError(
+                f"{asked} samples from the teacher, and {label(remote[0])} only scores, being behind a server or sharded; "
+                "leave it out, or use engine: hf and sharding: none"
+            )
+        sharded = [name for name, config in teachers.items() if config.sharding == "fsdp"]
+        if sharded and len(teachers) > 1:
+            raise ValueError(
+                f"teachers.{sharded[0]}.sharding: fsdp is for one teacher, got {len(teachers)}; leave it out, or serve them "
+                "by `poweropd serve-teacher`"
+            )
+        mixed = len(teachers) > 1 and len(self.judges) == 1
+        numbers_alone = [name for name, config in teachers.items() if config.engine == "vllm"]
+        if mixed and numbers_alone:
+            raise ValueError(
+                f"teachers.{numbers_alone[0]}.engine: vllm gives numbers of single tokens, and a mixture needs whole "
+                "distributions; serve it by `poweropd serve-teacher` (engine: served)"
+            )
+        cached = [name for name, config in teachers.items() if config.cache]
+        if cached and (mixed or self.objective.build().needs == "full"):
+            what = "a mixture" if mixed else f"objective {self.objective.name}"
+            raise ValueError(
+                f"{label(cached[0])} has a cache, which keeps numbers of single tokens, and {what} needs whole distributions; "
+                "leave out cache" + ("" if mixed else ", or set objective.estimator: sampled or top_k")
+            )
+        return self
+
     @property
     def named_teachers(self) -> dict[str, TeacherConfig]:
         """Every model that judges, by name."""

@@ -25,5 +25,9 @@ class CollapseError(UserError):
     """The student's answers run to the budget or repeat themselves, and the recipe says stop; a checkpoint was saved."""
 
 
+class TeacherError(UserError):
+    """A teacher on another machine does not answer, refuses, or answers what cannot be trained on."""
+
+
 class PeerError(UserError):
     """Another process of the run has ended it; says why, if that is known."""

@@ -3,17 +3,27 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
-from poweropd.errors import ModelError
+from poweropd.errors import ConfigError, ModelError
 from poweropd.objectives.lm_head import LMHead, head_logits
 from poweropd.packing import packed_hidden_states, padded_hidden_states, takes_packs
 
@@ -75,22 +85,86 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
         raise _unreadable("tokenizer", name, error) from error
 
 
-def load_model(name: str, *, dtype: torch.dtype, device: torch.device, revision: str | None = None) -> PreTrainedModel:
+def load_model(
+    name: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    revision: str | None = None,
+    quantization: str = "none",
+    offload: bool = False,
+) -> PreTrainedModel:
     """A causal language model in eval mode, checked to be the sum of its two halves.
+
+    Args:
+        quantization: `none`, `8bit` or `4bit`: of its layers' weights, on a GPU alone.
+        offload: keep its layers in main memory; each comes to the GPU when it is its turn.
 
     Raises:
         ModelError: the folder or Hub id cannot be read, or the architecture computes logits in an unknown way.
+        ConfigError: what `quantization` or `offload` need is not here.
     """
+    how = _placement(name, revision, dtype, device, quantization, offload=offload)
     try:
         _check_complete(name)
         with no_progress_bars():
-            model = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype, revision=revision)
-            torch.nn.Module.to(model, device)
+            model = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype, revision=revision, **how)
+            if not how:
+                torch.nn.Module.to(model, device)
     except UNREADABLE as error:
         raise _unreadable("model", name, error) from error
     model.eval()
     _check_halves(model, name)
     return model
+
+
+def load_outline(name: str, revision: str | None = None) -> PreTrainedModel:
+    """A model without its weights: configs, and modules of the right shapes.
+
+    Raises:
+        ModelError: the folder or Hub id cannot be read.
+    """
+    try:
+        config = AutoConfig.from_pretrained(resolve(name), revision=revision)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except UNREADABLE as error:
+        raise _unreadable("model", name, error) from error
+    with suppress(OSError):  # not every model has one of its own
+        model.generation_config = GenerationConfig.from_pretrained(resolve(name), revision=revision or "main")
+    return model
+
+
+def _placement(
+    name: str, revision: str | None, dtype: torch.dtype, device: torch.device, quantization: str, *, offload: bool
+) -> dict[str, Any]:
+    """What `from_pretrained` is told of weights that are not simply moved to the device."""
+    if quantization == "none" and not offload:
+        return {}
+    what = "offload" if offload else f"quantization {quantization}"
+    if device.type != "cuda":
+        raise ConfigError(f"{name!r}: {what} is for a GPU, and there is none here; leave it out")
+    needed = ("accelerate",) if offload else ("accelerate", "bitsandbytes")
+    if missing := [package for package in needed if find_spec(package) is None]:
+        raise ConfigError(f"{name!r}: {what} needs {' and '.join(missing)}; pip install 'poweropd[quantized]'")
+    if offload:
+        return {"device_map": layers_apart(load_outline(name, revision), device)}
+    bits: dict[str, Any] = {"load_in_8bit": True}
+    if quantization == "4bit":
+        bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    return {"device_map": {"": device}, "quantization_config": BitsAndBytesConfig(**bits)}
+
+
+def layers_apart(model: PreTrainedModel, device: torch.device) -> dict[str, torch.device | str]:
+    """A device map that has the layers in main memory; embedding, final norm and LM head, which is read whole, stay."""
+    places: dict[str, torch.device | str] = {}
+    for name, child in model.named_children():
+        if child is not model.base_model:
+            places[name] = device
+            continue
+        for part, module in child.named_children():
+            places[f"{name}.{part}"] = "cpu" if isinstance(module, torch.nn.ModuleList) else device
+    return places
 
 
 def _unreadable(what: str, name: str, error: Exception) -> ModelError:

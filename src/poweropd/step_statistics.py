@@ -102,7 +102,9 @@ class StepStatistics:
             "entropy/student": terms.entropies.double(),
             "entropy/teacher": terms.teacher_entropies.double(),
             "top1_agreement": terms.top1_agreement.double(),
-            "rollout/off_policy": (logprobs - (torch.nan if drawn_by_others is None else drawn_by_others.double())).abs(),
+            "rollout/off_policy": (
+                logprobs - (torch.nan if drawn_by_others is None else drawn_by_others.double())
+            ).abs(),
         }
         if self._signal == "reward":
             both = (signal != 0) & (log_ratio != 0) & log_ratio.isfinite()

@@ -12,7 +12,7 @@ from poweropd.batching import shared_out
 from poweropd.config import Recipe, label, load_recipe
 from poweropd.diagnostics import Clock, GradNorms, loss_metrics, rollout_metrics, rollout_records
 from poweropd.distributed import ALONE, World
-from poweropd.errors import CollapseError, NonFiniteError, RunError
+from poweropd.errors import CollapseError, NonFiniteError, RunError, TeacherError
 from poweropd.evaluation.grading import Grader
 from poweropd.evaluation.runner import evaluate
 from poweropd.evaluation.summary import Summaries, results
@@ -29,6 +29,7 @@ from poweropd.runlog import CHECKPOINTS, RECIPE, STUDENT, SUMMARY, RunDirectory,
 from poweropd.step_statistics import StepStatistics
 from poweropd.streaming import merge_ranks
 from poweropd.teacher.scorer import judge
+from poweropd.teachers import examine_remote
 from poweropd.trackers import Trackers, require
 from poweropd.types import Prompt, ScoredRollout
 from poweropd.update import GradientResult, accumulate_gradient
@@ -134,6 +135,7 @@ class _Training:
             staleness=recipe.rollout.max_staleness,
         )
         self._started = time.monotonic()
+        self._steps_done = 0
         self._seconds_before = 0.0  # of earlier sessions of this run, up to the checkpoint
 
     def run(self) -> None:
@@ -149,6 +151,8 @@ class _Training:
         )
         for note in off_policy_notes(recipe.rollout, parts.objective):
             self._observer.say(note)
+        for finding in examine_remote(recipe, parts.pair, parts.teachers, parts.probe_rollouts):
+            self._observer.say(finding)
         if self._world.is_main:
             self._trackers.start(checkpoint.newest_step(self._run.path / CHECKPOINTS) or 0)
         evaluations: dict[str, Summaries] = {}
@@ -157,8 +161,12 @@ class _Training:
                 for name, engine in parts.teacher_engines.items():
                     evaluations[_place(name)] = self._evaluate(_place(name), engine, label(name))
             evaluations["before"] = self._evaluate_student(0, "student before")
+        self._steps_done = self._restore()
         with self._schedule:
-            self._loop(self._restore())
+            try:
+                self._loop(self._steps_done)
+            except TeacherError as error:
+                raise self._without_teacher(error) from error
         if parts.problems:
             evaluations["after"] = self._evaluate_student(recipe.train.steps, "student after")
         export_student(parts.student, self._run.path / STUDENT, recipe, parts.pair.end_tokens.stop_ids, evaluations)
@@ -220,6 +228,7 @@ class _Training:
                     self._evaluate_student(done, f"student at step {done}", subset=self._recipe.evaluation.subset)
                 if alarm := self._guard.observe(step, metrics):
                     self._heed(alarm)
+                self._steps_done = done
                 stops = any(world.gather(stop.requested))
                 if _is_due(done, self._recipe.checkpoint.every) or done == config.steps or stops:
                     self._checkpoint(done)
@@ -260,6 +269,14 @@ class _Training:
         if action == "raise_reference_kl":
             self._reference_kl.raise_()
         self._observer.warn(alarm.text + (". The reference KL is doubled" if action == "raise_reference_kl" else ""))
+
+    def _without_teacher(self, error: TeacherError) -> TeacherError:
+        """Save what the finished steps have made; nothing of the step that was not judged is in it."""
+        done = self._steps_done
+        if done and checkpoint.newest_step(self._run.path / CHECKPOINTS) != done:
+            self._checkpoint(done)
+        kept = f"the checkpoint of step {done} is kept" if done else "no step was finished"
+        return TeacherError(f"{error}; {kept}, go on with --resume")
 
     def _evaluate_student(self, version: int, name: str, *, subset: int | None = None) -> Summaries:
         """Of the student as it is now, after `version` optimizer steps."""

@@ -1,5 +1,7 @@
 """What models must share to speak of the same tokens: ids, real vocabulary size, end tokens."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -47,6 +49,12 @@ def shared_vocab_size(
             f"({student_tokens.get(first)!r} and {teacher_tokens.get(first)!r}). Choose two models of one family"
         )
     return size
+
+
+def vocabulary_hash(tokenizer: PreTrainedTokenizerBase, size: int) -> str:
+    """A hash of the tokens that the ids below `size` mean."""
+    tokens = sorted((id, token) for token, id in tokenizer.get_vocab().items() if id < size)
+    return hashlib.blake2b(json.dumps(tokens).encode(), digest_size=16).hexdigest()
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
