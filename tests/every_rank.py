@@ -3,8 +3,9 @@
 import json
 import os
 import signal
-import sys
 from pathlib import Path
+
+import typer
 
 from poweropd.cli.shared import plain_errors
 from poweropd.config import load_recipe
@@ -51,7 +52,11 @@ def run(
     train(chosen, Path(out), watcher, resume=recipe is None, world=world)
 
 
-if __name__ == "__main__":
+def every_run(plan: Path) -> None:
     with plain_errors(debug=False), joined() as world:
-        for arguments in json.loads(Path(sys.argv[1]).read_text()):
+        for arguments in json.loads(plan.read_text()):
             run(*arguments, world=world)
+
+
+if __name__ == "__main__":
+    typer.run(every_run)

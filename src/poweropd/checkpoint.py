@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -99,10 +100,12 @@ def shapes_of_shards(root: Path, step: int) -> dict[str, torch.Size]:
     return {name: value.size for name, value in known.items() if isinstance(value, TensorStorageMetadata)}
 
 
-def read_shards(root: Path, step: int, shards: Mapping[str, Tensor], world: World = ALONE) -> None:
+def read_shards(root: Path, step: int, shards: Mapping[str, Tensor]) -> None:
     """Read them into tensors of these names and shapes, which may lie otherwise on ranks, or on one."""
     try:
-        load_shards(dict(shards), checkpoint_id=_folder(root, step) / SHARDS, no_dist=world.size == 1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is")  # a process that is alone is fine
+            load_shards(dict(shards), checkpoint_id=_folder(root, step) / SHARDS)
     except CheckpointException as error:
         raise _reason(error) from None
 

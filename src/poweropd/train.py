@@ -357,7 +357,7 @@ class _Training:
         state, meta = loaded
         if state["student"] is None:
             student.refuse_another(checkpoint.shapes_of_shards(root, meta["step"]))
-            checkpoint.read_shards(root, meta["step"], student.shards(), self._world)
+            checkpoint.read_shards(root, meta["step"], student.shards())
         else:
             student.load_state(state["student"])
         checkpoint.set_random_states(state["random"])
