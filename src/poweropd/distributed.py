@@ -5,6 +5,8 @@ tensors on a GPU by NCCL.
 """
 
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -218,6 +220,7 @@ def joined() -> Iterator[World]:
         yield ALONE
         return
     world = _join()
+    previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         with world.in_words():
             yield world
@@ -231,7 +234,14 @@ def joined() -> Iterator[World]:
         if not world.is_first_to_end(str(error)):
             raise SystemExit(1) from None
         raise
+    signal.signal(signal.SIGTERM, previous)
     dist.destroy_process_group()
+
+
+def _interrupt(*_: object) -> None:
+    """Like Ctrl-C, but not on the way out with an error: a launcher ends all processes as soon as one has failed."""
+    if sys.exc_info()[1] is None:
+        raise KeyboardInterrupt
 
 
 def _join() -> Processes:
