@@ -4,7 +4,7 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, open_dict
 from tensordict import TensorDict
+from transformers import AutoModelForCausalLM
 from verl.trainer.distillation.losses import DISTILLATION_LOSS_REGISTRY, distillation_loss, distillation_ppo_loss
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 from verl.utils.tensordict_utils import assign_non_tensor
@@ -30,12 +31,18 @@ from conftest import ROOT
 from poweropd.errors import ConfigError
 from poweropd.integrations.verl.check import PLUGIN, TESTED, check
 from poweropd.integrations.verl.losses import LOSS_MODES, NOT_SERVED, objective_of, token_losses
-from poweropd.objectives import OBJECTIVES, Objective
+from poweropd.objectives import OBJECTIVES, Objective, build
 from poweropd.objectives.lm_head import LMHead
 from poweropd.objectives.loss import loss_of
 from poweropd.objectives.positions import TokenInputs
+from poweropd.policy import Student
+from poweropd.teacher.hf import HFTeacher
+from poweropd.teacher.scorer import judge
+from poweropd.types import Prompt, Rollout
+from poweropd.update import MicroBatches, accumulate_gradient
 
 RECIPES = ROOT / "recipes" / "verl"
+STUDENT = ROOT / "src" / "poweropd" / "quickstart" / "models" / "student"
 NAMES = sorted(path.stem for path in RECIPES.glob("[!_]*.yaml"))
 LENGTHS = ((3, 5), (1, 2), (4, 1))  # of prompts and responses
 TOKENS, WIDTH, VOCABULARY = sum(map(sum, LENGTHS)), 8, 12
@@ -144,9 +151,9 @@ class Batch:
         return terms.advantages.mean().item(), self.gradients(terms.loss)
 
 
-def close(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> bool:
-    """Within 1e-6 of the largest entry."""
-    return all((f - e).abs().max() <= 1e-6 * e.abs().max() for f, e in zip(found, expected, strict=True))
+def close(found: Iterable[Tensor], expected: Iterable[Tensor], tolerance: float = 1e-6) -> bool:
+    """By the largest entry."""
+    return all((f - e).abs().max() <= tolerance * e.abs().max() for f, e in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("update", ["policy gradient", "loss"])
@@ -177,6 +184,42 @@ def test_the_whole_loss_of_an_actor_is_ours_in_both_layouts_and_over_micro_batch
     assign_non_tensor(data, batch_num_tokens=2 * len(batch.trained))  # as one of two equal micro-batches
     half, _ = distillation_ppo_loss(actor, distillation, output, data)
     assert close(batch.gradients(half), (expected[0] / 2, expected[1] / 2))
+
+
+def test_a_step_of_verls_own_actor_on_two_processes_has_our_gradient(
+    tmp_path: Path, make_student: Callable[..., Student]
+) -> None:
+    """Its FSDP2 engine, each process with half the rollouts in two micro-batches of its own."""
+    torch.manual_seed(5)
+    rollouts = []
+    for row, lengths in enumerate(((4, 3), (2, 9), (7, 1), (3, 5))):
+        prompt, response = (tuple(torch.randint(5, 512, (length,)).tolist()) for length in lengths)
+        rollouts.append(Rollout(Prompt(str(row), prompt), response, (torch.nan,) * len(response), "length"))
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(STUDENT.with_name(role), dtype=torch.float32)
+        for role in ("student", "teacher")
+    )
+    goal = build("power", alpha=0.5)
+    scored = judge(rollouts, goal, HFTeacher(teacher, vocab_size=512))
+    given = [
+        {
+            "prompt": torch.tensor(each.rollout.prompt.prompt_ids),
+            "response": torch.tensor(each.rollout.response_ids),
+            "teacher_logprobs": each.scores.logprobs,
+        }
+        for each in scored
+    ]
+    torch.save(given, tmp_path / "rollouts.pt")
+    command = [sys.executable, str(Path(__file__).with_name("verl_actor.py")), str(tmp_path)]
+    actors = [subprocess.Popen([*command, str(rank), "2"], stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    told = [actor.communicate(timeout=300)[1] for actor in actors]
+    assert [actor.returncode for actor in actors] == [0, 0], told[0]
+    gradient = torch.load(tmp_path / "gradient.pt")
+
+    accumulate_gradient(make_student(student), scored, goal, MicroBatches(tokens=4096))
+    expected = {name: parameter.grad for name, parameter in student.named_parameters()}
+    assert gradient.keys() == expected.keys()
+    assert close(gradient.values(), [expected[name] for name in gradient], tolerance=1e-4)
 
 
 def test_settings_arrive(configs: Configs) -> None:
