@@ -78,7 +78,9 @@ def configs(recipe: DictConfig) -> Callable[..., tuple[Any, DistillationConfig]]
 
 def in_fresh_process(*arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
     environment = {**os.environ, **variables}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 class Batch:
@@ -212,8 +214,12 @@ def test_a_step_of_verls_own_actor_on_two_processes_has_our_gradient(
     torch.save(given, tmp_path / "rollouts.pt")
     command = [sys.executable, str(Path(__file__).with_name("verl_actor.py")), str(tmp_path)]
     actors = [subprocess.Popen([*command, str(rank), "2"], stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    told = [actor.communicate(timeout=300)[1] for actor in actors]
-    assert [actor.returncode for actor in actors] == [0, 0], told[0]
+    try:
+        told = [actor.communicate(timeout=300)[1] for actor in actors]
+    finally:
+        for actor in actors:
+            actor.kill()
+    assert [actor.returncode for actor in actors] == [0, 0], told
     gradient = torch.load(tmp_path / "gradient.pt")
 
     accumulate_gradient(make_student(student), scored, goal, MicroBatches(tokens=4096))
@@ -356,7 +362,7 @@ def test_recipes_are_configurations_of_verl(name: str) -> None:
 def test_the_command_of_the_guide_reaches_verls_trainer() -> None:
     """As far as one without a GPU: the trainer's own entry point composes the recipe and prints it."""
     shown = in_fresh_process(
-        "-m", "verl.trainer.main_ppo", f"--config-dir={RECIPES}", "--config-name=8-gpus", "data.train_files=train.parquet",
+        "-m", "verl.trainer.main_ppo", "--config-dir=recipes/verl", "--config-name=8-gpus", "data.train_files=train.parquet",
         "+distillation.distillation_loss.objective_settings.alpha=2", "--cfg=job", "--package=distillation",
     )  # fmt: skip
     assert shown.returncode == 0, shown.stderr

@@ -20,7 +20,7 @@ def check() -> list[str]:
         from verl.trainer.distillation.losses import DISTILLATION_LOSS_REGISTRY
     except ImportError as error:
         raise ConfigError(
-            f"verl {TESTED} with its distillation is needed: {error}; pip install 'poweropd[verl]'"
+            f"verl {TESTED} is needed here, and cannot be imported: {error}; pip install 'poweropd[verl]'"
         ) from error
     found = version("verl")
     if found != TESTED:
