@@ -30,7 +30,7 @@ test-trl: $(PEERS)/.tested
 
 # Inside the real verl, which takes no transformers that is as new as TRL's.
 test-verl: $(VERL)/.installed
-	$(VERL)/bin/python -m pytest tests/integrations/test_verl.py
+	$(VERL)/bin/python -m pytest tests/integrations
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .
