@@ -22,11 +22,13 @@ from poweropd.rollout.hf import HFEngine
 from poweropd.rollout.replica import Replica
 from poweropd.rollout.sources import RoutedEngine, SourceEngine
 from poweropd.sections import DataConfig
-from poweropd.teacher.ensemble import MixtureTeacher, RoutedTeacher
 from poweropd.teacher.hf import HFTeacher
 from poweropd.teacher.scorer import TeacherScorer, check_serves
-from poweropd.types import Prompt, Source
+from poweropd.teachers import judge_of, least_tokens_per_batch, local_scorer, scorer
+from poweropd.types import Prompt, Rollout, Source
 from poweropd.update import MicroBatches
+
+PROBE_PROMPTS, PROBE_TOKENS = 2, 24  # of the student's answers by which parts are examined before the first step
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,10 @@ class Parts:
     pair: ModelPair
     student: Student
     teacher: TeacherScorer  # judges, whichever models that takes
-    teachers: Mapping[str, TeacherScorer]  # each alone, by name
+    teachers: Mapping[str, TeacherScorer]  # each alone, by name, without its cache
     engine: RolloutEngine  # gives the trajectories that are trained on
     student_engine: Sampler  # samples from the student, for evaluation
-    teacher_engines: Mapping[str, Sampler]  # samples from each judge, for evaluation
+    teacher_engines: Mapping[str, Sampler]  # samples from each judge whose models are here, for evaluation
     objective: Objective
     reference: TeacherScorer | None  # the frozen initial student, where the objective is held to it
     how: MicroBatches
@@ -48,6 +50,14 @@ class Parts:
     problems: list[Problems]  # what the student is evaluated on
     asking: Asking
     data_fingerprint: str
+
+    @property
+    def probe_sampling(self) -> Sampling:
+        return Sampling(stop_ids=self.sampling.stop_ids, max_new_tokens=PROBE_TOKENS)
+
+    def probe_rollouts(self) -> list[Rollout]:
+        """A few short answers of the student, to examine the parts by."""
+        return self.student_engine.generate(self.stream.take(0, PROBE_PROMPTS), self.probe_sampling, seed=0)
 
     def update_engines(self, version: int) -> None:
         """Have all engines sample from the student as it is after `version` optimizer steps."""
@@ -81,11 +91,8 @@ def assemble(recipe: Recipe) -> Parts:
         lora=recipe.student.lora,
         seed=recipe.train.seed,
     )
-    teachers = {
-        name: _scorer(pair.teachers[name], pair, config.tokens_per_batch)
-        for name, config in recipe.named_teachers.items()
-    }
-    teacher = _judge(recipe, teachers)
+    each = {name: scorer(name, recipe, pair) for name in pair.teachers}
+    teacher = judge_of(recipe, pair, each)
     check_serves(objective, teacher)
     rollout = recipe.rollout
     samples = (
@@ -95,16 +102,17 @@ def assemble(recipe: Recipe) -> Parts:
     student_engine = _sampler(samples, [], recipe, pair, "student")
     engines: dict[Source, RolloutEngine] = {
         "student": student_engine,
-        "teacher": _for_each_prompt(teacher_engines),
         "golden": GoldenEngine(),
     }
+    if teacher_engines:
+        engines["teacher"] = _for_each_prompt(teacher_engines)
     if rollout.teacher_mixing:
         engines["student"] = _for_each_prompt(_engines(recipe, pair, samples, rollout.teacher_mixing, "mixture"))
     return Parts(
         pair=pair,
         student=student,
         teacher=teacher,
-        teachers=teachers,
+        teachers=each,
         engine=SourceEngine(engines, dict(rollout.sources.items())),
         student_engine=student_engine,
         teacher_engines=teacher_engines,
@@ -125,27 +133,6 @@ def assemble(recipe: Recipe) -> Parts:
     )
 
 
-def _scorer(model: PreTrainedModel, pair: ModelPair, tokens_per_batch: int) -> HFTeacher:
-    return HFTeacher(
-        model, vocab_size=pair.vocab_size, end_ids=pair.end_tokens.merged_ids, tokens_per_batch=tokens_per_batch
-    )
-
-
-def _judge(recipe: Recipe, teachers: Mapping[str, TeacherScorer]) -> TeacherScorer:
-    def mixture(shares: Mapping[str, float]) -> TeacherScorer:
-        members = [teachers[name] for name in shares]
-        if len(members) == 1:
-            return members[0]
-        return MixtureTeacher(members, list(shares.values()), tokens_per_batch=_least_tokens_per_batch(recipe))
-
-    judges = {name: mixture(shares) for name, shares in recipe.judges.items()}
-    return RoutedTeacher(judges) if len(judges) > 1 else next(iter(judges.values()))
-
-
-def _least_tokens_per_batch(recipe: Recipe) -> int:
-    return min(config.tokens_per_batch for config in recipe.named_teachers.values())
-
-
 class _Sampled(NamedTuple):
     """What is sampled from as the student, and what brings it up to date with the one that is trained."""
 
@@ -154,10 +141,18 @@ class _Sampled(NamedTuple):
 
 
 def _engines(recipe: Recipe, pair: ModelPair, student: _Sampled, share: float, source: Source) -> dict[str, HFEngine]:
-    """For each judge, an engine that samples from its mixture with the student, in which the judge has `share`."""
+    """For each judge whose models are here, an engine that samples from its mixture with the student.
+
+    Args:
+        share: of the judge in that mixture.
+    """
     engines = {}
     for name, shares in recipe.judges.items():
-        judges = [(pair.teachers[member], share * own) for member, own in shares.items()]
+        judges = [
+            (model, share * own) for member, own in shares.items() if (model := pair.teachers[member].model) is not None
+        ]
+        if len(judges) < len(shares):
+            continue
         first = student if share < 1 else _Sampled(judges.pop(0)[0], None)
         engines[name] = _sampler(first, judges, recipe, pair, source)
     return engines
@@ -265,7 +260,7 @@ def load_data(recipe: Recipe, pair: ModelPair, sampling: Sampling) -> tuple[list
 
 def _reference(recipe: Recipe, pair: ModelPair) -> HFTeacher:
     """The student as it was before the first step, also in a run that is resumed."""
-    return _scorer(load_configured(recipe.student, pair.precision), pair, _least_tokens_per_batch(recipe))
+    return local_scorer(load_configured(recipe.student, pair.precision), pair, least_tokens_per_batch(recipe))
 
 
 def _single_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, key: str) -> tuple[int, ...]:

@@ -11,15 +11,13 @@ from poweropd.config import Recipe, label
 from poweropd.guards import MISMATCH_ALARM
 from poweropd.overlap import Problem, overlaps
 from poweropd.pair import head_rows
-from poweropd.rollout.engine import Sampling
 from poweropd.step_statistics import StepStatistics
 from poweropd.teacher.scorer import judge
+from poweropd.teachers import examine as examine_teacher
 from poweropd.types import Prompt, Rollout
 from poweropd.update import accumulate_gradient
 
 GIB = 2**30
-PROBE_TOKENS = 24
-DETERMINISM_TOLERANCE = 1e-3  # nats
 
 
 @dataclass(frozen=True)
@@ -43,14 +41,16 @@ def examine(recipe: Recipe) -> Iterator[Check]:
     ]  # fmt: skip
     for check in checks:
         yield check(recipe, parts)
-    rollouts = _probe(parts)
+    rollouts = parts.probe_rollouts()
     for name in parts.teachers:
-        yield _determinism(name, parts, rollouts)
+        yield _teacher(name, recipe, parts, rollouts)
     yield _sampler_parity(parts, rollouts)
 
 
 def _vocabulary(recipe: Recipe, parts: Parts) -> Check:
-    rows = ", ".join(f"{head_rows(model)} ({name})" for name, model in parts.pair.models.items())
+    heads = {"student": head_rows(parts.pair.student)}
+    heads |= {label(name): teacher.head_rows for name, teacher in parts.pair.teachers.items()}
+    rows = ", ".join(f"{number} ({name})" for name, number in heads.items())
     return Check(
         "vocabulary",
         "ok",
@@ -70,7 +70,7 @@ def _chat_template(recipe: Recipe, parts: Parts) -> Check:
     if not any(section.chat for section in recipe.data_sections.values()):
         return Check("chat template", "ok", "not used: data.chat is false")
     tokenizers = {"student": parts.pair.tokenizer}
-    tokenizers |= {label(name): tokenizer for name, tokenizer in parts.pair.teacher_tokenizers.items()}
+    tokenizers |= {label(name): teacher.tokenizer for name, teacher in parts.pair.teachers.items()}
     templates = {name: tokenizer.chat_template for name, tokenizer in tokenizers.items() if tokenizer.chat_template}
     used, *others = templates
     different = [name for name in others if templates[name] != templates[used]]
@@ -124,7 +124,8 @@ def _context(recipe: Recipe, parts: Parts) -> Check:
 def _memory(recipe: Recipe, parts: Parts) -> Check:
     student = sum(p.numel() for p in parts.pair.student.parameters())
     reference = 0 if parts.reference is None else student * parts.pair.precision.itemsize
-    teachers = [p for model in parts.pair.teachers.values() for p in model.parameters()]
+    models = [teacher.model for teacher in parts.pair.teachers.values() if teacher.model is not None]
+    teachers = [p for model in models for p in model.parameters()]
     needed = (
         16 * student + reference + sum(p.numel() * p.element_size() for p in teachers)
     ) / GIB  # fp32 weights, gradients and two AdamW moments
@@ -146,35 +147,15 @@ def _main_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _probe(parts: Parts) -> list[Rollout]:
-    return parts.student_engine.generate(parts.stream.take(0, 2), _probe_sampling(parts), seed=0)
-
-
-def _probe_sampling(parts: Parts) -> Sampling:
-    return Sampling(stop_ids=parts.sampling.stop_ids, max_new_tokens=PROBE_TOKENS)
-
-
-def _determinism(name: str, parts: Parts, rollouts: list[Rollout]) -> Check:
-    teacher = parts.teachers[name]
-    together, again = (teacher.score(rollouts, needs="sampled") for _ in range(2))
-    alone = [teacher.score([rollout], needs="sampled")[0] for rollout in rollouts]
-
-    def gap(others: list) -> float:
-        return max((a.logprobs - b.logprobs).abs().max().item() for a, b in zip(together, others, strict=True))
-
-    repeat, batching = gap(again), gap(alone)
-    # bf16 matmuls round differently in another batch shape
-    limit = DETERMINISM_TOLERANCE if next(parts.pair.teachers[name].parameters()).dtype == torch.float32 else 0.25
-    verdict: Literal["ok", "fail"] = "ok" if repeat <= DETERMINISM_TOLERANCE and batching <= limit else "fail"
-    message = f"scores of one text differ by {repeat:.1e} when repeated, {batching:.1e} when batched (nats)"
-    return Check(f"{label(name)} determinism", verdict, message)
+def _teacher(name: str, recipe: Recipe, parts: Parts, rollouts: list[Rollout]) -> Check:
+    findings = examine_teacher(name, recipe, parts.pair, parts.teachers[name], rollouts)
+    problem = "" if findings.problem is None else f"{findings.problem}: "
+    return Check(f"{label(name)} determinism", "fail" if problem else "ok", f"{problem}{findings}")
 
 
 def _sampler_parity(parts: Parts, rollouts: list[Rollout]) -> Check:
     scored = judge(rollouts, parts.objective, parts.teacher, parts.reference)
-    seen = StepStatistics(
-        parts.objective, rollouts, _probe_sampling(parts), detailed=False, device=parts.student.device
-    )
+    seen = StepStatistics(parts.objective, rollouts, parts.probe_sampling, detailed=False, device=parts.student.device)
     accumulate_gradient(parts.student, scored, parts.objective, parts.how, watch=seen.add, keep=0)
     parts.student.optimizer.zero_grad()
     gap = seen.metrics().get("rollout/mismatch", 0.0)

@@ -10,7 +10,7 @@ from poweropd import checkpoint, cpu, guards
 from poweropd.assembly import assemble
 from poweropd.config import Recipe, label, load_recipe
 from poweropd.diagnostics import Clock, GradNorms, loss_metrics, rollout_metrics, rollout_records
-from poweropd.errors import CollapseError, NonFiniteError, RunError
+from poweropd.errors import CollapseError, NonFiniteError, RunError, TeacherError
 from poweropd.evaluation.grading import Grader
 from poweropd.evaluation.runner import evaluate
 from poweropd.evaluation.summary import Summaries, results
@@ -24,6 +24,7 @@ from poweropd.rollout.sources import off_policy_notes
 from poweropd.runlog import CHECKPOINTS, RECIPE, STUDENT, SUMMARY, RunDirectory
 from poweropd.step_statistics import StepStatistics
 from poweropd.teacher.scorer import judge
+from poweropd.teachers import examine_remote
 from poweropd.trackers import Trackers, require
 from poweropd.types import Prompt, ScoredRollout
 from poweropd.update import GradientResult, accumulate_gradient
@@ -111,6 +112,7 @@ class _Training:
         self._golden = Coefficient.of(self._parts.objective.settings, "golden")
         self._grad_norms = GradNorms()
         self._started = time.monotonic()
+        self._steps_done = 0
         self._seconds_before = 0.0  # of earlier sessions of this run, up to the checkpoint
 
     def run(self) -> None:
@@ -123,6 +125,8 @@ class _Training:
         self._observer.say(f"{parts.objective}: {recipe.train.steps} steps of {recipe.train.prompts_per_step} prompts")
         for note in off_policy_notes(recipe.rollout, parts.objective):
             self._observer.say(note)
+        for finding in examine_remote(recipe, parts.pair, parts.teachers, parts.probe_rollouts):
+            self._observer.say(finding)
         self._trackers.start(checkpoint.newest_step(self._run.path / CHECKPOINTS) or 0)
         evaluations: dict[str, Summaries] = {}
         if parts.problems:
@@ -130,7 +134,11 @@ class _Training:
                 for name, engine in parts.teacher_engines.items():
                     evaluations[_place(name)] = self._evaluate(_place(name), engine, label(name))
             evaluations["before"] = self._evaluate(UNTRAINED, parts.student_engine, "student before")
-        self._loop(self._restore())
+        self._steps_done = self._restore()
+        try:
+            self._loop(self._steps_done)
+        except TeacherError as error:
+            raise self._without_teacher(error) from error
         if parts.problems:
             evaluations["after"] = self._evaluate(f"{recipe.train.steps:06d}", parts.student_engine, "student after")
         export_student(parts.student, self._run.path / STUDENT, recipe, parts.pair.end_tokens.stop_ids, evaluations)
@@ -188,6 +196,7 @@ class _Training:
                     self._evaluate(f"{done:06d}", parts.student_engine, name, subset=self._recipe.evaluation.subset)
                 if alarm := self._guard.observe(step, metrics):
                     self._heed(alarm)
+                self._steps_done = done
                 if _is_due(done, self._recipe.checkpoint.every) or done == config.steps or stop.requested:
                     self._checkpoint(done)
                 if stop.requested and done < config.steps:
@@ -226,6 +235,14 @@ class _Training:
         if action == "raise_reference_kl":
             self._reference_kl.raise_()
         self._observer.warn(alarm.text + (". The reference KL is doubled" if action == "raise_reference_kl" else ""))
+
+    def _without_teacher(self, error: TeacherError) -> TeacherError:
+        """Save what the finished steps have made; nothing of the step that was not judged is in it."""
+        done = self._steps_done
+        if done and checkpoint.newest_step(self._run.path / CHECKPOINTS) != done:
+            self._checkpoint(done)
+        kept = f"the checkpoint of step {done} is kept" if done else "no step was finished"
+        return TeacherError(f"{error}; {kept}, go on with --resume")
 
     def _evaluate(self, place: str, engine: Sampler, name: str, *, subset: int | None = None) -> Summaries:
         """Evaluate, unless an earlier session of this run, or whoever shares its cache, has done so already.

@@ -2,7 +2,10 @@
 
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -13,10 +16,13 @@ from fakes import FakeTeacher
 from poweropd.errors import ConfigError
 from poweropd.objectives import Objective, build
 from poweropd.objectives.lm_head import LogProbs, head_logits
+from poweropd.teacher.cache import CachedTeacher
+from poweropd.teacher.client import ServedTeacher
 from poweropd.teacher.ensemble import MixtureTeacher, RoutedTeacher
 from poweropd.teacher.hf import HFTeacher
 from poweropd.teacher.scorer import TeacherScorer, check_serves
 from poweropd.types import Rollout, TeacherScores
+from serving import served, serving
 
 LENGTHS = [(3, 5), (9, 2), (1, 20), (6, 12), (2, 1)]
 WEIGHTS = [0.7, 0.3]
@@ -28,13 +34,27 @@ def make_two(**settings: object) -> list[HFTeacher]:
     return [HFTeacher(model, vocab_size=512, **settings) for model in models]
 
 
-TEACHERS: dict[str, Callable[[], TeacherScorer]] = {
-    "hf": lambda: HFTeacher(make_model(), vocab_size=512),
-    "mixture": lambda: MixtureTeacher(make_two(), WEIGHTS),
-    "mixture in small batches": lambda: MixtureTeacher(make_two(), WEIGHTS, tokens_per_batch=20),
-    "routed": lambda: RoutedTeacher(dict(zip("ab", make_two(), strict=True))),
-    "routed to a mixture": lambda: RoutedTeacher({"a": MixtureTeacher(make_two(), WEIGHTS), "b": make_two()[1]}),
-    "fake": FakeTeacher,
+def behind_a_server(stack: ExitStack, **settings: object) -> ServedTeacher:
+    return served(stack.enter_context(serving(make_model(rows=528))), **settings)
+
+
+def with_cache(stack: ExitStack) -> CachedTeacher:
+    folder = stack.enter_context(TemporaryDirectory())
+    teacher = HFTeacher(make_model(), vocab_size=512)
+    return CachedTeacher(teacher, Path(folder), fingerprint="a", vocab_size=512, end_ids=())
+
+
+TEACHERS: dict[str, Callable[[ExitStack], TeacherScorer]] = {
+    "hf": lambda _: HFTeacher(make_model(), vocab_size=512),
+    "served": behind_a_server,
+    "served in small requests": lambda stack: behind_a_server(stack, tokens_per_batch=20),
+    "cached": with_cache,
+    "mixture": lambda _: MixtureTeacher(make_two(), WEIGHTS),
+    "mixture in small batches": lambda _: MixtureTeacher(make_two(), WEIGHTS, tokens_per_batch=20),
+    "mixture with a served one": lambda stack: MixtureTeacher([make_two()[0], behind_a_server(stack)], WEIGHTS),
+    "routed": lambda _: RoutedTeacher(dict(zip("ab", make_two(), strict=True))),
+    "routed to a mixture": lambda _: RoutedTeacher({"a": MixtureTeacher(make_two(), WEIGHTS), "b": make_two()[1]}),
+    "fake": lambda _: FakeTeacher(),
 }
 
 
@@ -46,7 +66,11 @@ def routed(rollouts: list[Rollout]) -> list[Rollout]:
 
 @pytest.mark.parametrize("name", TEACHERS)
 def test_contract(name: str) -> None:
-    teacher, rollouts = TEACHERS[name](), routed(make_rollouts(LENGTHS))
+    with ExitStack() as stack:
+        keeps_its_promises(TEACHERS[name](stack), routed(make_rollouts(LENGTHS)))
+
+
+def keeps_its_promises(teacher: TeacherScorer, rollouts: list[Rollout]) -> None:
     sampled = teacher.score(rollouts, needs="sampled")
     for rollout, scores in zip(rollouts, sampled, strict=True):
         assert scores.logprobs is not None
@@ -93,6 +117,23 @@ def test_logprobs_are_those_of_the_model_at_temperature_one(tokens_per_batch: in
         assert states.distribution is not None
         (hidden,), (head,) = states.distribution.hidden, states.distribution.heads
         torch.testing.assert_close(head_logits(hidden, head).log_softmax(-1), logprobs, rtol=1e-4, atol=1e-4)
+
+
+def test_any_tokens_can_be_scored() -> None:
+    """Merged end tokens too: each then has the log-probability of ending."""
+    model, rollouts = make_model(rows=528), make_rollouts(LENGTHS)
+    ids = [torch.randint(512, (len(rollout), 3)) for rollout in rollouts]
+    for own in ids:
+        own[:, 0] = CHAT_END
+    teacher = HFTeacher(model, vocab_size=512, end_ids=(END, CHAT_END), tokens_per_batch=30)
+    expected = [
+        probabilities(teacher, rollout, (END, CHAT_END)).gather(1, torch.where(own == CHAT_END, END, own)).log()
+        for rollout, own in zip(rollouts, ids, strict=True)
+    ]
+    with serving(model) as server:
+        remote = served(server, end_ids=(END, CHAT_END), tokens_per_batch=30)
+        for asked in (teacher, remote):
+            torch.testing.assert_close(asked.logprobs_of(rollouts, ids), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_merged_end_tokens_raise_the_score_of_the_last_token_alone() -> None:

@@ -5,14 +5,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from poweropd.batching import group_by_tokens
-from poweropd.errors import TeacherError
+from poweropd.errors import ModelError, TeacherError
 from poweropd.objectives import Needs
 from poweropd.objectives.lm_head import Distribution, LMHead
 from poweropd.teacher.http import Connection, UnusableAnswerError
 from poweropd.teacher.wire import COLUMNS, Info, Question, unpack, unpack_head
 from poweropd.types import Rollout, TeacherScores
+from poweropd.vocabulary import vocabulary_hash
 
 IDS = {"top_ids", "top1_ids"}
 
@@ -71,6 +73,32 @@ class ServedTeacher:
             columns = self._ask(own, "ids", ids=torch.cat([ids[index] for index in group]))
             found |= zip(group, columns["logprobs"].split([len(rollout) for rollout in own]), strict=True)
         return [found[index] for index in range(len(rollouts))]
+
+    def refuse_other_model(
+        self,
+        name: str,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        head_rows: int,
+        end_ids: tuple[int, ...],
+        context: int,
+        parameters: int,
+    ) -> None:
+        """Raises ModelError unless the server has the model `name`, of which this is known here."""
+        info = self.info
+        told: list[tuple[str, Any, Any]] = [
+            ("tokens of other meaning", info.vocabulary, vocabulary_hash(tokenizer, info.vocab_size)),
+            ("rows of the LM head", info.head_rows, head_rows),
+            ("end tokens", sorted(info.end_ids), sorted(end_ids)),
+            ("positions", info.context, context),
+            ("parameters", info.parameters, parameters),
+        ]
+        for what, there, here in told:
+            if there != here:
+                raise ModelError(
+                    f"the teacher at {self._connection.url} is {info.model!r}, and not the {name!r} of teacher.model: {what}, "
+                    f"{there} there and {here} here. Serve {name!r}, or change teacher.model"
+                )
 
     def _scores(self, columns: dict[str, Any]) -> TeacherScores:
         if "hidden" not in columns:

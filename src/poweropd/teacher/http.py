@@ -1,5 +1,6 @@
 """Requests to a teacher on another machine: repeated until they are answered, or a deadline has passed."""
 
+import os
 import ssl
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +21,24 @@ TOO_MANY_REQUESTS = 429  # a busy server, unlike the other 4xx
 
 class UnusableAnswerError(Exception):
     """An answer that may be right when it is asked for again."""
+
+
+def token_from(variable: str | None, setting: str) -> str | None:
+    """The token that an environment variable holds; None where none is named.
+
+    Args:
+        setting: what named the variable, for the message.
+
+    Raises:
+        ConfigError: it is not set, or holds what no header can carry.
+    """
+    if variable is None:
+        return None
+    token = os.environ.get(variable, "")
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        wrong = "is not set" if not token else "holds spaces or other than printable ASCII characters"
+        raise ConfigError(f"{setting}: the environment variable {variable} {wrong}; put the teacher's token into it")
+    return token
 
 
 class Connection:

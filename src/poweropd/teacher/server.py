@@ -7,8 +7,11 @@
 import hmac
 import ipaddress
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socket import AF_INET, AF_INET6
+from socketserver import TCPServer
 from urllib.parse import parse_qs, urlsplit
 
 from poweropd.errors import ConfigError
@@ -20,7 +23,7 @@ BINARY, TEXT, JSON = "application/octet-stream", "text/plain; charset=utf-8", "a
 
 
 class TeacherServer(ThreadingHTTPServer):
-    """Listens as soon as it is made; `serve_forever` answers.
+    """Has its port as soon as it is made, and answers in `serve`: a model is not loaded in vain.
 
     Args:
         host, port: what to listen on; port 0 takes any that is free.
@@ -31,21 +34,41 @@ class TeacherServer(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    service: TeacherService
 
-    def __init__(self, service: TeacherService, host: str, port: int, token: str | None) -> None:
+    def __init__(self, host: str, port: int, token: str | None) -> None:
         if token is None and not is_loopback(host):
             raise ConfigError(
                 f"--host {host} lets other machines in, and there is no token; put a secret into an environment variable and "
                 "name it by --token-env"
             )
         self.address_family = AF_INET6 if ":" in host else AF_INET
-        self.service, self.token = service, token
+        self.token = token
         self.requests: Counter[tuple[str, int]] = Counter()
+        super().__init__((host, port), _Handler, bind_and_activate=False)
+        with self._refused_in_one_line():
+            TCPServer.server_bind(self)  # HTTPServer's own asks a name server who we are
+
+    def serve(self, service: TeacherService) -> None:
+        """Answer until `shutdown`, or until the user interrupts.
+
+        Raises:
+            ConfigError: another server has taken the port since.
+        """
+        self.service = service
+        with self._refused_in_one_line():
+            self.server_activate()
+        self.serve_forever(poll_interval=0.1)
+
+    @contextmanager
+    def _refused_in_one_line(self) -> Iterator[None]:
         try:
-            super().__init__((host, port), _Handler)
+            yield
         except (OSError, OverflowError) as error:
+            self.server_close()
+            host, port = self.server_address[:2]
             reason = getattr(error, "strerror", None) or error
-            raise ConfigError(f"cannot listen on port {port} of {host}: {reason}; choose another --port") from None
+            raise ConfigError(f"cannot listen on port {port} of {host!s}: {reason}; choose another --port") from None
 
     @property
     def url(self) -> str:
