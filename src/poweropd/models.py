@@ -205,9 +205,11 @@ def weights_fingerprint(weights: PreTrainedModel | Iterable[tuple[str, Tensor]])
     """A hash of every weight of a model, or of those given by name: what differs anywhere differs in it. About a second a
     GB."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in weights.state_dict().items() if isinstance(weights, PreTrainedModel) else weights:
+    named: Iterable[tuple[str, Tensor]]
+    named = weights.state_dict().items() if isinstance(weights, PreTrainedModel) else weights
+    for name, tensor in named:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

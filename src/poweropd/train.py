@@ -10,7 +10,7 @@ from poweropd import checkpoint, cpu, guards
 from poweropd.assembly import assemble
 from poweropd.config import Recipe, label, load_recipe
 from poweropd.diagnostics import Clock, GradNorms, loss_metrics, rollout_metrics, rollout_records
-from poweropd.errors import CollapseError, NonFiniteError, RunError, TeacherError
+from poweropd.errors import CollapseError, NonFiniteError, RolloutError, RunError, TeacherError, UserError
 from poweropd.evaluation.grading import Grader
 from poweropd.evaluation.runner import evaluate
 from poweropd.evaluation.summary import Summaries, results
@@ -113,6 +113,7 @@ class _Training:
         self._grad_norms = GradNorms()
         self._started = time.monotonic()
         self._steps_done = 0
+        self._ahead = False  # whether the student is ahead of the steps done
         self._seconds_before = 0.0  # of earlier sessions of this run, up to the checkpoint
 
     def run(self) -> None:
@@ -137,8 +138,8 @@ class _Training:
         self._steps_done = self._restore()
         try:
             self._loop(self._steps_done)
-        except TeacherError as error:
-            raise self._without_teacher(error) from error
+        except (TeacherError, RolloutError) as error:
+            raise self._without_server(error) from error
         if parts.problems:
             evaluations["after"] = self._evaluate(f"{recipe.train.steps:06d}", parts.student_engine, "student after")
         export_student(parts.student, self._run.path / STUDENT, recipe, parts.pair.end_tokens.stop_ids, evaluations)
@@ -174,6 +175,7 @@ class _Training:
                 golden = self._add_golden_answers(prompts, objective)
                 grad_norm = parts.student.gradient_norm()
                 guards.refuse_non_finite(result, grad_norm, rollouts, tokenizer, step)
+                self._ahead = True
                 update = parts.student.update(step, grad_norm)
                 parts.update_engines(done)
                 clock.lap("update")
@@ -184,7 +186,8 @@ class _Training:
                 self._reference_kl.observe(metrics.get("reference_kl/mean", 0.0))
                 self._run.append("metrics", {"step": step, **metrics})
                 self._trackers.log(done, metrics)
-                if step == 0 and (warning := guards.mismatch_warning(metrics)):
+                own_weights = self._recipe.rollout.engine != "hf"
+                if warning := guards.mismatch_warning(metrics, step, own_weights=own_weights, first=step == start):
                     self._observer.warn(warning)
                 if in_detail:
                     self._run.append("positions", *seen.position_records(step))
@@ -196,7 +199,7 @@ class _Training:
                     self._evaluate(f"{done:06d}", parts.student_engine, name, subset=self._recipe.evaluation.subset)
                 if alarm := self._guard.observe(step, metrics):
                     self._heed(alarm)
-                self._steps_done = done
+                self._steps_done, self._ahead = done, False
                 if _is_due(done, self._recipe.checkpoint.every) or done == config.steps or stop.requested:
                     self._checkpoint(done)
                 if stop.requested and done < config.steps:
@@ -236,13 +239,14 @@ class _Training:
             self._reference_kl.raise_()
         self._observer.warn(alarm.text + (". The reference KL is doubled" if action == "raise_reference_kl" else ""))
 
-    def _without_teacher(self, error: TeacherError) -> TeacherError:
-        """Save what the finished steps have made; nothing of the step that was not judged is in it."""
-        done = self._steps_done
-        if done and checkpoint.newest_step(self._run.path / CHECKPOINTS) != done:
+    def _without_server(self, error: TeacherError | RolloutError) -> UserError:
+        """Save what the finished steps have made; nothing of the step that was not sampled or judged is in it."""
+        done, root = self._steps_done, self._run.path / CHECKPOINTS
+        if done and not self._ahead and checkpoint.newest_step(root) != done:
             self._checkpoint(done)
-        kept = f"the checkpoint of step {done} is kept" if done else "no step was finished"
-        return TeacherError(f"{error}; {kept}, go on with --resume")
+        newest = checkpoint.newest_step(root)
+        kept = f"the checkpoint of step {newest} is kept" if newest else "no step was finished"
+        return type(error)(f"{error}; {kept}, go on with --resume")
 
     def _evaluate(self, place: str, engine: Sampler, name: str, *, subset: int | None = None) -> Summaries:
         """Evaluate, unless an earlier session of this run, or whoever shares its cache, has done so already.
