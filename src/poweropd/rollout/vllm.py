@@ -12,9 +12,10 @@ from poweropd.errors import ConfigError, RolloutError
 from poweropd.models import resolve
 from poweropd.rollout.engine import Sampling
 from poweropd.rollout.replica import Weights
-from poweropd.rollout.vllm_requests import Requests, check_version
+from poweropd.rollout.vllm_requests import Requests
 from poweropd.rollout.vllm_weights import fingerprint, write_weights
 from poweropd.sections import VLLMConfig
+from poweropd.teacher.vllm_http import version_problem
 from poweropd.types import Prompt, Rollout
 
 GIB = 2**30
@@ -141,7 +142,8 @@ def _load(**settings: Any) -> Any:
             "rollout.engine vllm needs vLLM, which is not installed: pip install 'poweropd[vllm]', or set rollout.vllm.url "
             "to a server that has it"
         ) from None
-    check_version(vllm.__version__)
+    if problem := version_problem(vllm.__version__):
+        raise RolloutError(f"rollout.engine vllm: {problem}")
     try:
         return vllm.LLM(**settings)
     except (ValueError, RuntimeError, OSError) as error:

@@ -8,22 +8,13 @@ from typing import Any
 from poweropd.errors import ConfigError, RolloutError
 from poweropd.rollout.engine import Sampling
 from poweropd.rollout.sampling import draw_key
+from poweropd.teacher.vllm_http import MOST_NAMED_IDS
 from poweropd.types import FinishReason, Prompt, Rollout
 
-MINIMUM_VERSION = (0, 32)
 NEVER = -1e30  # added to a logit, it leaves no probability
 MOST_BIASED_IDS = 1024  # that vLLM's GPU sampler takes of a request
-MOST_NAMED_IDS = 128  # whose log-probabilities a request may ask for
 TEMPERATURES = (0.01, 2.0)  # beside 0; vLLM raises lower ones and refuses higher ones
 SEEDS = 2**63
-
-
-def check_version(version: str) -> None:
-    """Raises RolloutError for a vLLM that lacks what is used here."""
-    parts = version.split(".")
-    if not all(part.isdigit() for part in parts[:2]) or tuple(map(int, parts[:2])) < MINIMUM_VERSION:
-        wanted = ".".join(map(str, MINIMUM_VERSION))
-        raise RolloutError(f"rollout.engine vllm needs vLLM {wanted} or newer, this is {version}; install a newer one")
 
 
 def check_sampling(sampling: Sampling, key: str) -> None:

@@ -1,64 +1,46 @@
 """Rollouts by a vLLM server, on this machine or another, with weights of its own that follow the student's."""
 
-import json
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from poweropd.errors import ConfigError, RolloutError
 from poweropd.rollout.engine import Sampling
 from poweropd.rollout.replica import Weights
-from poweropd.rollout.vllm_requests import Requests, check_version
+from poweropd.rollout.vllm_requests import Requests
 from poweropd.rollout.vllm_weights import fingerprint, write_weights
 from poweropd.sections import VLLMConfig
-from poweropd.teacher.http import Connection, UnusableAnswerError, token_from
+from poweropd.teacher.http import token_from
+from poweropd.teacher.vllm_http import VLLMConnection
 from poweropd.types import Prompt, Rollout
 
 HOW_TO_START = (
     "start it with VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out --logprobs-mode processed_logprobs"
 )
 LOADS = 3  # attempts to give a server its weights, between which it was started anew
-JSON = {"Content-Type": "application/json"}
-
-Answer = TypeVar("Answer")
 
 
-class VLLMConnection(Connection):
+class SamplerConnection(VLLMConnection):
     """To the vLLM server that samples."""
 
     peer = "the vLLM server"
     section = "rollout.vllm"
     error = RolloutError
 
-    def _may_pass(self, status: int, told: str) -> bool:
-        return super()._may_pass(status, told) and "collective_rpc method failed" not in told
-
     def _refusal(self, status: int, told: str) -> str:
-        if status in (403, 404):
-            return f"{self.peer} at {self.url} does not offer what is needed ({status}); {HOW_TO_START}"
         if status == 401:
             return super()._refusal(status, told)
-        return f"{self.peer} at {self.url} refuses: {status} {told.rstrip('.')}. Look at rollout.vllm, and at the server's log"
-
-    def ask_json(self, method: str, path: str, pick: Callable[[Any], Answer], question: Any = None) -> Answer:
-        """What `pick` takes from a JSON answer."""
-
-        def read(body: bytes) -> Answer:
-            try:
-                return pick(json.loads(body))
-            except (ValueError, LookupError, TypeError) as error:
-                raise UnusableAnswerError(f"its answer lacks something ({type(error).__name__})") from None
-
-        return self.ask(method, path, read, None if question is None else json.dumps(question).encode(), JSON)
+        advice = HOW_TO_START if status in (403, 404) else "look at rollout.vllm, and at the server's log"
+        return f"{self.peer} at {self.url} refuses: {status} {told.rstrip('.')}; {advice}"
 
 
 class VLLMServerEngine:
@@ -95,7 +77,7 @@ class VLLMServerEngine:
         self._version = 0
         token = token_from(config.token_env, "rollout.vllm.token_env")
         self._connect = partial(
-            VLLMConnection, url, token=token, timeout_s=config.timeout_s, deadline_s=config.deadline_s
+            SamplerConnection, url, token=token, timeout_s=config.timeout_s, deadline_s=config.deadline_s
         )
         self._own = threading.local()  # a connection for each thread
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="vllm")
@@ -137,7 +119,7 @@ class VLLMServerEngine:
             with self._loading:
                 if self._held() != self._tag:
                     self._load()
-        raise RolloutError(f"{VLLMConnection.peer} keeps other weights than it was given; is another run using it?")
+        raise RolloutError(f"{SamplerConnection.peer} keeps other weights than it was given; is another run using it?")
 
     def _hand_over(self, version: int) -> None:
         """Write the student's weights, and have the server load them."""
@@ -164,7 +146,7 @@ class VLLMServerEngine:
             if self._held() == self._tag:
                 return
         raise RolloutError(
-            f"{VLLMConnection.peer} was started anew {LOADS} times while it loaded weights; look at its log"
+            f"{SamplerConnection.peer} was started anew {LOADS} times while it loaded weights; look at its log"
         )
 
     def _held(self) -> str:
@@ -172,16 +154,16 @@ class VLLMServerEngine:
         return self._connection.ask_json("GET", "/weight_info", itemgetter("weight_version"))
 
     @property
-    def _connection(self) -> VLLMConnection:
+    def _connection(self) -> SamplerConnection:
         """This thread's."""
         if not hasattr(self._own, "connection"):
             self._own.connection = self._connect()
-        own: VLLMConnection = self._own.connection
+        own: SamplerConnection = self._own.connection
         return own
 
     def _check_server(self, longest: int) -> None:
         ask = self._connection.ask_json
-        check_version(ask("GET", "/version", itemgetter("version")))
+        self._connection.check_version()
         ask("GET", "/v1/models", _whole)  # needs the token, unlike the others
         model = ask("GET", "/server_info?config_format=json", lambda told: told["vllm_config"]["model_config"])
         wanted = str(self._precision)
@@ -197,7 +179,9 @@ class VLLMServerEngine:
             ),
         }
         if found := [problem for problem, is_one in problems.items() if is_one]:
-            raise RolloutError(f"{VLLMConnection.peer} cannot be used: {'; '.join(found)}. {HOW_TO_START.capitalize()}")
+            raise RolloutError(
+                f"{SamplerConnection.peer} cannot be used: {'; '.join(found)}. {HOW_TO_START.capitalize()}"
+            )
 
 
 def _whole(answer: Any) -> Any:
