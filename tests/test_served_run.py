@@ -79,9 +79,10 @@ class Mortal:
         return self._service.answer(body)
 
 
-@pytest.mark.parametrize("objective", ["power", "reverse_kl"])
-def test_without_its_teacher_a_run_stops_and_goes_on_later(objective: str, tmp_path: Path) -> None:
-    sets = [*SETS, "--set", f"objective={objective}"]
+@pytest.mark.parametrize("setting", ["objective=power", "objective=reverse_kl", "rollout.max_staleness=2"])
+def test_without_its_teacher_a_run_stops_and_goes_on_later(setting: str, tmp_path: Path) -> None:
+    """Also where the step that could not be judged was drawn ahead, with older weights."""
+    sets = [*SETS, "--set", setting]
     with serving(teacher_model()) as server:
         path = recipe(tmp_path, server.url, deadline_s=0.5)
         assert invoke("train", str(path), "--out", str(tmp_path / "undisturbed"), *sets)[0] == 0
