@@ -62,11 +62,6 @@ class Parts:
         """A few short answers of the student, to examine the parts by."""
         return self.student_engine.generate(self.stream.take(0, PROBE_PROMPTS), self.probe_sampling, seed=0)
 
-    def update_engines(self, version: int) -> None:
-        """Have all engines sample from the student as it is after `version` optimizer steps."""
-        for engine in (self.engine, self.student_engine):  # the first may do without the second
-            engine.update_weights(version=version)
-
 
 def assemble(recipe: Recipe) -> Parts:
     """Build every part of a run.
@@ -86,7 +81,8 @@ def assemble(recipe: Recipe) -> Parts:
         check_sampling(asking.sampling, "evaluation")
     prompts, problems = load_data(recipe, pair, sampling)
     tied = tied_names(pair.student)
-    twin = Replica(pair.student, pair.precision) if recipe.student.lora else None
+    apart = recipe.student.lora or recipe.rollout.max_staleness
+    twin = Replica(pair.student, pair.precision) if apart and recipe.rollout.engine == "hf" else None
     student = Student(
         pair.student,
         pair.tokenizer,

@@ -69,10 +69,10 @@ class CachedTeacher:
 
 
 def _read(path: Path, tokens: int, needs: Needs) -> TeacherScores | None:
-    """None if there is no such file, or it is damaged."""
+    """None if there is no such file that can be read, or it is damaged."""
     try:
         scores = TeacherScores(**load(path.read_bytes()))  # type: ignore[arg-type]
-    except (FileNotFoundError, SafetensorError, TypeError):
+    except (OSError, SafetensorError, TypeError):
         return None
     columns = [column for name in COLUMNS if (column := getattr(scores, name)) is not None]
     whole = scores.logprobs is not None and (needs != "top_k" or scores.top_logprobs is not None)

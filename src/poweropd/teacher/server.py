@@ -6,12 +6,14 @@
 
 import hmac
 import ipaddress
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socket import AF_INET, AF_INET6
 from socketserver import TCPServer
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from poweropd.errors import ConfigError
@@ -59,6 +61,11 @@ class TeacherServer(ThreadingHTTPServer):
         with self._refused_in_one_line():
             self.server_activate()
         self.serve_forever(poll_interval=0.1)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that has gone away is no error of ours."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     @contextmanager
     def _refused_in_one_line(self) -> Iterator[None]:
