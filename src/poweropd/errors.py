@@ -29,5 +29,9 @@ class TeacherError(UserError):
     """A teacher on another machine does not answer, refuses, or answers what cannot be trained on."""
 
 
+class RolloutError(UserError):
+    """An engine that samples does not answer, refuses, or does not sample from the student as it is."""
+
+
 class PeerError(UserError):
     """Another process of the run has ended it; says why, if that is known."""

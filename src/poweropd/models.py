@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.resources import files
 from importlib.util import find_spec
@@ -201,12 +201,15 @@ def _check_complete(name: str) -> None:
 
 
 @torch.no_grad()
-def weights_fingerprint(model: PreTrainedModel) -> str:
-    """A hash of every weight: models that differ anywhere differ in it. About a second a GB."""
+def weights_fingerprint(weights: PreTrainedModel | Iterable[tuple[str, Tensor]]) -> str:
+    """A hash of every weight of a model, or of those given by name: what differs anywhere differs in it. About a second a
+    GB."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in model.state_dict().items():
+    named: Iterable[tuple[str, Tensor]]
+    named = weights.state_dict().items() if isinstance(weights, PreTrainedModel) else weights
+    for name, tensor in named:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -41,6 +41,7 @@ def scorer(name: str, recipe: Recipe, pair: ModelPair, world: World = ALONE) -> 
             vocab_size=pair.vocab_size,
             end_ids=ends,
             tokenizer=teacher.tokenizer,
+            head_rows=teacher.head_rows,
             token=token,
             **config.model_dump(include={"timeout_s", "deadline_s", "tokens_per_batch"}),
         )

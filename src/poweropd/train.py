@@ -12,7 +12,7 @@ from poweropd.batching import shared_out
 from poweropd.config import Recipe, label, load_recipe
 from poweropd.diagnostics import Clock, GradNorms, loss_metrics, rollout_metrics, rollout_records
 from poweropd.distributed import ALONE, World
-from poweropd.errors import CollapseError, NonFiniteError, RunError, TeacherError
+from poweropd.errors import CollapseError, NonFiniteError, RolloutError, RunError, TeacherError, UserError
 from poweropd.evaluation.grading import Grader
 from poweropd.evaluation.runner import evaluate
 from poweropd.evaluation.summary import Summaries, results
@@ -135,7 +135,6 @@ class _Training:
             staleness=recipe.rollout.max_staleness,
         )
         self._started = time.monotonic()
-        self._steps_done = 0
         self._seconds_before = 0.0  # of earlier sessions of this run, up to the checkpoint
 
     def run(self) -> None:
@@ -161,12 +160,8 @@ class _Training:
                 for name, engine in parts.teacher_engines.items():
                     evaluations[_place(name)] = self._evaluate(_place(name), engine, label(name))
             evaluations["before"] = self._evaluate_student(0, "student before")
-        self._steps_done = self._restore()
         with self._schedule:
-            try:
-                self._loop(self._steps_done)
-            except TeacherError as error:
-                raise self._without_teacher(error) from error
+            self._loop(self._restore())
         if parts.problems:
             evaluations["after"] = self._evaluate_student(recipe.train.steps, "student after")
         export_student(parts.student, self._run.path / STUDENT, recipe, parts.pair.end_tokens.stop_ids, evaluations)
@@ -188,12 +183,19 @@ class _Training:
                 done = step + 1
                 clock = Clock(device)
                 prompts = parts.stream.take(step, config.prompts_per_step)
-                rollouts = self._schedule.take(step)
+                try:
+                    rollouts = self._schedule.take(step)
+                except RolloutError as error:
+                    raise self._without_server(step, error) from error
                 clock.lap("rollout")
                 objective = self._objective_at(step)
                 share = shared_out(rollouts, world.size)[world.rank]
                 own = [rollouts[place] for place in share]
-                scored = world.agreed(partial(judge, own, objective, parts.teacher, parts.reference))
+                try:
+                    scored = world.agreed(partial(judge, own, objective, parts.teacher, parts.reference))
+                except TeacherError as error:
+                    self._schedule.put_back(step, rollouts)
+                    raise self._without_server(step, error) from error
                 clock.lap("teacher")
                 in_detail = step % log.rollouts_every == 0 or done == config.steps
                 seen = StepStatistics(
@@ -217,7 +219,8 @@ class _Training:
                 self._reference_kl.observe(metrics.get("reference_kl/mean", 0.0))
                 self._run.append("metrics", {"step": step, **metrics})
                 self._trackers.log(done, metrics)
-                if step == 0 and (warning := guards.mismatch_warning(metrics)):
+                own_weights = self._recipe.rollout.engine != "hf"
+                if warning := guards.mismatch_warning(metrics, step, own_weights=own_weights, first=step == start):
                     self._observer.warn(warning)
                 if in_detail:
                     self._run.append("positions", *seen.position_records(step))
@@ -228,7 +231,6 @@ class _Training:
                     self._evaluate_student(done, f"student at step {done}", subset=self._recipe.evaluation.subset)
                 if alarm := self._guard.observe(step, metrics):
                     self._heed(alarm)
-                self._steps_done = done
                 stops = any(world.gather(stop.requested))
                 if _is_due(done, self._recipe.checkpoint.every) or done == config.steps or stops:
                     self._checkpoint(done)
@@ -270,13 +272,12 @@ class _Training:
             self._reference_kl.raise_()
         self._observer.warn(alarm.text + (". The reference KL is doubled" if action == "raise_reference_kl" else ""))
 
-    def _without_teacher(self, error: TeacherError) -> TeacherError:
-        """Save what the finished steps have made; nothing of the step that was not judged is in it."""
-        done = self._steps_done
+    def _without_server(self, done: int, error: TeacherError | RolloutError) -> UserError:
+        """Save what the finished steps have made; nothing of the step that was not sampled or judged is in the student."""
         if done and checkpoint.newest_step(self._run.path / CHECKPOINTS) != done:
             self._checkpoint(done)
         kept = f"the checkpoint of step {done} is kept" if done else "no step was finished"
-        return TeacherError(f"{error}; {kept}, go on with --resume")
+        return type(error)(f"{error}; {kept}, go on with --resume")
 
     def _evaluate_student(self, version: int, name: str, *, subset: int | None = None) -> Summaries:
         """Of the student as it is now, after `version` optimizer steps."""

@@ -105,6 +105,7 @@ def _dry_run(recipe: Any) -> None:
     )
     models = [recipe.student.model, *(teacher.model for teacher in recipe.named_teachers.values())]
     remote = [name for name in models if not is_local(name)]
+    remote += [teacher.url for teacher in recipe.named_teachers.values() if teacher.url is not None]
     remote += [data.path for data in recipe.data_sections.values() if data.source == "hub"]
     for name in recipe.evaluation.benchmarks:
         benchmark(name)  # refuses an unknown one

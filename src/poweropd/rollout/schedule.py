@@ -69,6 +69,10 @@ class Schedule:
             }
         return rollouts
 
+    def put_back(self, step: int, rollouts: list[Rollout]) -> None:
+        """Have a step that was taken, and not trained on, be taken again."""
+        self._ahead = {step: _finished(rollouts), **self._ahead}
+
     def _draw(self, prompts: Sequence[Prompt], seed: int) -> list[Rollout]:
         return self._engine.generate(prompts, self._sampling, seed=seed)
 
@@ -88,8 +92,13 @@ class Schedule:
         self._ahead = {}
         for step, plain in state["ahead"].items():
             if step < self._steps:
-                self._ahead[step] = Future()
-                self._ahead[step].set_result(list(_whole(plain, self._prompts(step))))
+                self._ahead[step] = _finished(list(_whole(plain, self._prompts(step))))
+
+
+def _finished(rollouts: list[Rollout]) -> Future[list[Rollout]]:
+    future: Future[list[Rollout]] = Future()
+    future.set_result(rollouts)
+    return future
 
 
 def _plain(rollout: Rollout) -> dict[str, Any]:
