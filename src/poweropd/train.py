@@ -1,10 +1,9 @@
 """The training loop: sample, score, update, record."""
 
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from poweropd import checkpoint, cpu, guards
 from poweropd.assembly import assemble
@@ -20,6 +19,7 @@ from poweropd.export import export_student
 from poweropd.interrupts import StopRequest
 from poweropd.objectives import Objective, build
 from poweropd.objectives.schedules import Coefficient
+from poweropd.progress import Progress, Stateful
 from poweropd.rollout.engine import Sampler
 from poweropd.rollout.golden import GoldenEngine
 from poweropd.rollout.schedule import Schedule
@@ -68,6 +68,8 @@ def train(recipe: Recipe, out: Path, observer: Observer, *, resume: bool = False
         return RunDirectory.open(out) if resume else RunDirectory.create(out, recipe.to_yaml())
 
     with world.agreed(opened) as run, Trackers(recipe, run, observer, resume=resume) as trackers:
+        if not all(world.gather((out / RECIPE).is_file())):
+            raise RunError(f"{out} is not seen by all processes of this run; give an --out that all machines share")
         if world.on_main(lambda: _is_finished(out, recipe.train.steps)):
             observer.say(f"{out} is finished, all {recipe.train.steps} steps; nothing to resume")
             return
@@ -134,8 +136,13 @@ class _Training:
             steps=recipe.train.steps,
             staleness=recipe.rollout.max_staleness,
         )
-        self._started = time.monotonic()
-        self._seconds_before = 0.0  # of earlier sessions of this run, up to the checkpoint
+        decisive: dict[str, Stateful] = {
+            "guard": self._guard,
+            "reference_kl": self._reference_kl,
+            "grad_norms": self._grad_norms,
+            "schedule": self._schedule,
+        }
+        self._progress = Progress(run, self._parts.student, decisive, keep=recipe.checkpoint.keep)
 
     def run(self) -> None:
         recipe, parts = self._recipe, self._parts
@@ -161,7 +168,10 @@ class _Training:
                     evaluations[_place(name)] = self._evaluate(_place(name), engine, label(name))
             evaluations["before"] = self._evaluate_student(0, "student before")
         with self._schedule:
-            self._loop(self._restore())
+            start = self._progress.restore()
+            if start:
+                self._observer.say(f"resumed at step {start}")
+            self._loop(start)
         if parts.problems:
             evaluations["after"] = self._evaluate_student(recipe.train.steps, "student after")
         export_student(parts.student, self._run.path / STUDENT, recipe, parts.pair.end_tokens.stop_ids, evaluations)
@@ -169,7 +179,7 @@ class _Training:
             "objective": {"name": parts.objective.name, **parts.objective.shown},
             "steps": recipe.train.steps,
             "seed": recipe.train.seed,
-            "seconds": round(self._seconds(), 1),
+            "seconds": round(self._progress.seconds, 1),
         }
         told = {when: {name: results(summary) for name, summary in each.items()} for when, each in evaluations.items()}
         self._run.write_json(SUMMARY, {**told, **facts})
@@ -216,6 +226,7 @@ class _Training:
                 metrics = loss_metrics(result, golden, objective) | {"lr": update.lr} | seen.metrics()
                 metrics |= rollout_metrics(step, rollouts, tokenizer, parts.sampling)
                 metrics |= self._grad_norms.metrics(update.grad_norm) | clock.metrics(result.num_loss_tokens)
+                metrics["memory/peak"] = max(world.gather(metrics["memory/peak"]))
                 self._reference_kl.observe(metrics.get("reference_kl/mean", 0.0))
                 self._run.append("metrics", {"step": step, **metrics})
                 self._trackers.log(done, metrics)
@@ -233,7 +244,7 @@ class _Training:
                     self._heed(alarm)
                 stops = any(world.gather(stop.requested))
                 if _is_due(done, self._recipe.checkpoint.every) or done == config.steps or stops:
-                    self._checkpoint(done)
+                    self._progress.save(done)
                 if stops and done < config.steps:
                     raise KeyboardInterrupt
 
@@ -263,7 +274,7 @@ class _Training:
         action = self._recipe.guard.action
         if action == "stop":
             done = alarm.step + 1
-            self._checkpoint(done)
+            self._progress.save(done)
             raise CollapseError(
                 f"{alarm.text}. guard.action stop: the checkpoint of step {done} is kept, go on all the same with "
                 "--resume --set guard.action=warn"
@@ -275,7 +286,7 @@ class _Training:
     def _without_server(self, done: int, error: TeacherError | RolloutError) -> UserError:
         """Save what the finished steps have made; nothing of the step that was not sampled or judged is in the student."""
         if done and checkpoint.newest_step(self._run.path / CHECKPOINTS) != done:
-            self._checkpoint(done)
+            self._progress.save(done)
         kept = f"the checkpoint of step {done} is kept" if done else "no step was finished"
         return type(error)(f"{error}; {kept}, go on with --resume")
 
@@ -314,67 +325,6 @@ class _Training:
             return summaries
 
         return driven(engine, self._world, evaluate_all)
-
-    def _seconds(self) -> float:
-        return self._seconds_before + time.monotonic() - self._started
-
-    def _checkpoint(self, step: int) -> None:
-        """Save all that decides the steps after `step` ones.
-
-        Raises:
-            RunError: it cannot be written.
-        """
-        root = self._run.path / CHECKPOINTS
-        student = self._parts.student
-        state = {
-            "student": None if student.is_sharded else student.state(),
-            "random": checkpoint.random_states(),
-            "guard": self._guard.state(),
-            "reference_kl": self._reference_kl.state(),
-            "grad_norms": self._grad_norms.state(),
-            "schedule": self._schedule.state(),
-        }
-        meta = {"step": step, "seconds": self._seconds(), "logs": self._run.log_sizes()}
-        shards = student.shards() if student.is_sharded else None
-        try:
-            checkpoint.save(
-                root, step, state, meta, keep=self._recipe.checkpoint.keep, shards=shards, world=self._world
-            )
-        except OSError as error:
-            newest = checkpoint.newest_step(root)
-            remains = "there is no earlier one" if newest is None else f"that of step {newest} is intact"
-            raise RunError(
-                f"cannot save the checkpoint of step {step} in {root}: {error.strerror or error}; {remains}. "
-                "Make room, then go on with --resume"
-            ) from error
-
-    def _restore(self) -> int:
-        """Load the newest checkpoint, if there is one; returns the step to go on with."""
-        root, student = self._run.path / CHECKPOINTS, self._parts.student
-        loaded = checkpoint.load_latest(root, self._world)
-        if loaded is None:
-            self._run.rewind_logs({})
-            return 0
-        state, meta = loaded
-        if state["student"] is None:
-            student.refuse_another(checkpoint.shapes_of_shards(root, meta["step"]))
-            checkpoint.read_shards(root, meta["step"], student.shards())
-        else:
-            student.load_state(state["student"])
-        checkpoint.set_random_states(state["random"])
-        stateful: dict[str, Any] = {
-            "guard": self._guard,
-            "reference_kl": self._reference_kl,
-            "grad_norms": self._grad_norms,
-            "schedule": self._schedule,
-        }
-        for name, part in stateful.items():
-            if name in state:  # checkpoints of earlier versions do not know all of them
-                part.load_state(state[name])
-        self._run.rewind_logs(meta["logs"])
-        self._seconds_before = meta["seconds"]
-        self._observer.say(f"resumed at step {meta['step']}")
-        return int(meta["step"])
 
 
 def _place(teacher: str) -> str:
