@@ -10,7 +10,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from poweropd.errors import ModelError
@@ -73,6 +80,18 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
         return AutoTokenizer.from_pretrained(resolve(name), revision=revision)
     except UNREADABLE as error:
         raise _unreadable("tokenizer", name, error) from error
+
+
+def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
+    """The config of a local folder or Hub id, which is all that is read.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    try:
+        return AutoConfig.from_pretrained(resolve(name), revision=revision)
+    except UNREADABLE as error:
+        raise _unreadable("config", name, error) from error
 
 
 def load_model(name: str, *, dtype: torch.dtype, device: torch.device, revision: str | None = None) -> PreTrainedModel:

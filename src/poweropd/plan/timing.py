@@ -1,0 +1,144 @@
+"""Time of a step on each GPU, phase by phase, from counted FLOPs and bytes and an assumed share of each rate."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from poweropd.config import label
+from poweropd.plan.load import Load, Teacher
+from poweropd.plan.machines import GB
+from poweropd.plan.memory import FP32
+from poweropd.plan.shapes import Shape
+
+# Shares of what the makers state. They are assumptions, not measurements: none of it has yet run on a GPU.
+COMPUTE = 0.40  # of FLOP/s, in passes over many tokens
+DECODING = 0.60  # of bandwidth, token by token
+LINK = 0.70  # of the link
+KERNELS, LATENCY = 15, 3e-6  # of a layer in a decode step, and seconds that each takes at least on a GPU
+FP32_RATE = 1 / 16  # of the bf16 rate of a GPU, for fp32 products without tensor cores
+NODE, NETWORK = 8, 50 * GB  # GPUs of a machine; bytes a second of each GPU between machines (400 Gbit/s)
+ADAMW = 7 * FP32  # bytes a parameter: weight, gradient and moments read, all but the gradient written
+
+
+class Phase(NamedTuple):
+    """Seconds, what a GPU computes and moves in them, and what they rest on."""
+
+    name: str
+    seconds: float
+    flops: float
+    bytes: float
+    why: str
+
+
+def step_time(load: Load) -> list[Phase]:
+    """The phases of a step, one after the other."""
+    return [*_rollout(load), *_scoring(load), _update(load), _optimizer(load), *_communication(load)]
+
+
+def seconds(phases: list[Phase]) -> float:
+    return sum(phase.seconds for phase in phases)
+
+
+def _rate(load: Load, precision: torch.dtype) -> float:
+    slow = load.machine.device == "cuda" and precision == torch.float32
+    return load.machine.flops * COMPUTE * (FP32_RATE if slow else 1)
+
+
+def _rollout(load: Load) -> Iterator[Phase]:
+    golden = load.recipe.rollout.sources.get("golden", 0)
+    if golden == 1:
+        return
+    student, size, rows = load.student, load.precision.itemsize, load.rows
+    steps = load.response * load.sequences / rows
+    weights = size * (student.products + student.head)
+    cache = size * rows * (load.prompt + load.response / 2) * student.kv_elements
+    flops = rows * (student.body_flops(1, load.prompt + load.response) + student.head_flops(1))
+    launches = student.layers * KERNELS * LATENCY if load.machine.device == "cuda" else 0.0
+    step = max((weights + cache) / (load.machine.bandwidth * DECODING), flops / _rate(load, load.precision)) + launches
+    prompts = student.body_flops(load.sequences * load.prompt, load.prompt) / load.recipe.sampling.samples_per_prompt
+    taken = (steps * step + prompts / _rate(load, load.precision)) * (1 - golden)
+    why = (
+        f"{steps:,.0f} decode steps of {rows} rows; each reads {weights / GB:.3g} GB of weights and {cache / GB:.3g} GB of keys "
+        f"and values at {DECODING:.0%} of bandwidth"
+    )
+    yield Phase("rollout", taken, steps * flops + prompts, steps * (weights + cache), why)
+
+
+def _scoring(load: Load) -> Iterator[Phase]:
+    objective = load.recipe.objective.build()
+    if objective.needs != "nothing":
+        for each in load.teachers:
+            flops = _forward(load, each.shape, head=objective.needs != "full")
+            yield Phase(f"{label(each.name)} scores", *_products(load, each, flops))
+    if objective.needs_of_reference != "nothing":
+        flops = _forward(load, load.student, head=objective.needs_of_reference != "full")
+        why = f"one forward pass, {_told(load, flops)}"
+        yield Phase("reference scores", flops / _rate(load, load.precision), flops, 0, why)
+
+
+def _products(load: Load, teacher: Teacher, flops: float) -> tuple[float, float, float, str]:
+    taken, moved = flops / _rate(load, teacher.precision), 0.0
+    why = f"one forward pass, {_told(load, flops)}"
+    if not teacher.local:
+        return taken, flops, moved, f"{why}, on a machine like this one"
+    if teacher.offloaded:
+        batches, _ = load.batches(teacher.tokens_per_batch)
+        moved = batches * teacher.weight_bytes * teacher.shape.parameters
+        over = moved / (PCIE * LINK)
+        return max(taken, over), flops, moved, f"{batches} times its weights over PCIe at {LINK:.0%} of {PCIE / GB:g} GB/s"
+    return taken, flops, moved, why
+
+
+PCIE = 32 * GB  # bytes a second between a GPU and main memory, PCIe 4.0 x16
+
+
+def _forward(load: Load, shape: Shape, *, head: bool) -> float:
+    tokens = load.sequences * load.fed
+    return shape.body_flops(tokens, load.fed) + (shape.head_flops(load.responses) if head else 0)
+
+
+def _told(load: Load, flops: float) -> str:
+    return f"{flops / 1e12:.3g} TFLOP at {COMPUTE:.0%} of the rate"
+
+
+def _update(load: Load) -> Phase:
+    objective, student = load.recipe.objective.build(), load.student
+    body, head = _forward(load, student, head=False), student.head_flops(load.responses)
+    passes = 4 if load.recipe.student.gradient_checkpointing else 3
+    flops = passes * body + 3 * head
+    if objective.needs_whole_step and not (objective.shapes_by_logprobs_alone and load.recipe.sampling_is_plain):
+        flops += body + head
+    if objective.needs == "full":
+        flops += sum(each.shape.head_flops(load.responses) for each in load.teachers)
+    why = f"{passes} passes of the body, 3 products of the head; {_told(load, flops)}"
+    return Phase("update", flops / _rate(load, load.precision), flops, 0, why)
+
+
+def _optimizer(load: Load) -> Phase:
+    moved = ADAMW * load.trained / load.shards
+    return Phase("optimizer", moved / (load.machine.bandwidth * DECODING), 0, moved, f"{ADAMW} bytes a trained parameter")
+
+
+def _communication(load: Load) -> Iterator[Phase]:
+    """Between GPUs, as if nothing of it were hidden behind arithmetic."""
+    if load.gpus > 1:
+        link = min(load.machine.link, NETWORK) if load.gpus > NODE else load.machine.link
+        others = (load.gpus - 1) / load.gpus
+        if load.shards > 1:
+            batches, _ = load.batches(load.recipe.train.tokens_per_micro_batch)
+            size = load.precision.itemsize
+            moved = others * (batches * (2 * size * load.student.parameters + FP32 * load.trained) + size * load.student.parameters)
+            what = f"weights gathered twice and gradients scattered in each of {batches} micro-batches, weights once to sample"
+        else:
+            moved = 2 * others * FP32 * load.trained
+            what = "gradients added up over all GPUs"
+        yield Phase("communication", moved / (link * LINK), 0, moved, f"{what}, at {LINK:.0%} of {link / GB:g} GB/s; none of it hidden")
+        for each in load.teachers:
+            if each.sharded and each.local:
+                batches, _ = load.batches(each.tokens_per_batch)
+                moved = others * batches * each.weight_bytes * each.shape.parameters
+                yield Phase(f"{label(each.name)} gathered", moved / (link * LINK), 0, moved, f"its weights for each of {batches} batches")
+    if load.vllm is not None:
+        moved = load.precision.itemsize * load.student.parameters
+        yield Phase("weights to vLLM", moved / (load.machine.bandwidth * DECODING), 0, moved, "copied once a step")
