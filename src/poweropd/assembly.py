@@ -1,8 +1,10 @@
 """The parts of a run, built and checked from its recipe: everything wrong with them is said before the first step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,6 +19,7 @@ from poweropd.prompts import PromptStream, fingerprint, load_prompts
 from poweropd.rollout.engine import RolloutEngine, Sampler, Sampling
 from poweropd.rollout.golden import GoldenEngine
 from poweropd.rollout.hf import HFEngine
+from poweropd.rollout.replica import Replica
 from poweropd.rollout.sources import RoutedEngine, SourceEngine
 from poweropd.sections import DataConfig
 from poweropd.teacher.ensemble import MixtureTeacher, RoutedTeacher
@@ -46,6 +49,11 @@ class Parts:
     asking: Asking
     data_fingerprint: str
 
+    def update_engines(self, version: int) -> None:
+        """Have all engines sample from the student as it is after `version` optimizer steps."""
+        for engine in (self.engine, self.student_engine):  # the first may do without the second
+            engine.update_weights(version=version)
+
 
 def assemble(recipe: Recipe) -> Parts:
     """Build every part of a run.
@@ -60,6 +68,7 @@ def assemble(recipe: Recipe) -> Parts:
         **recipe.sampling.model_dump(exclude={"stop"}),
     )
     prompts, problems = load_data(recipe, pair, sampling)
+    twin = Replica(pair.student, pair.precision) if recipe.student.lora else None
     student = Student(
         pair.student,
         pair.tokenizer,
@@ -69,6 +78,8 @@ def assemble(recipe: Recipe) -> Parts:
         steps=recipe.train.steps,
         precision=pair.precision,
         gradient_checkpointing=recipe.student.gradient_checkpointing,
+        lora=recipe.student.lora,
+        seed=recipe.train.seed,
     )
     teachers = {
         name: _scorer(pair.teachers[name], pair, config.tokens_per_batch)
@@ -77,21 +88,25 @@ def assemble(recipe: Recipe) -> Parts:
     teacher = _judge(recipe, teachers)
     check_serves(objective, teacher)
     rollout = recipe.rollout
-    teacher_engines = _engines(recipe, pair, 1.0, "teacher")
+    samples = (
+        _Sampled(pair.student, None) if twin is None else _Sampled(twin.model, partial(twin.update, student.weights))
+    )
+    teacher_engines = _engines(recipe, pair, samples, 1.0, "teacher")
+    student_engine = _sampler(samples, [], recipe, pair, "student")
     engines: dict[Source, RolloutEngine] = {
-        "student": _student_engine(recipe, pair),
+        "student": student_engine,
         "teacher": _for_each_prompt(teacher_engines),
         "golden": GoldenEngine(),
     }
     if rollout.teacher_mixing:
-        engines["student"] = _for_each_prompt(_engines(recipe, pair, rollout.teacher_mixing, "mixture"))
+        engines["student"] = _for_each_prompt(_engines(recipe, pair, samples, rollout.teacher_mixing, "mixture"))
     return Parts(
         pair=pair,
         student=student,
         teacher=teacher,
         teachers=teachers,
         engine=SourceEngine(engines, dict(rollout.sources.items())),
-        student_engine=_student_engine(recipe, pair),
+        student_engine=student_engine,
         teacher_engines=teacher_engines,
         objective=objective,
         reference=_reference(recipe, pair) if objective.needs_of_reference != "nothing" else None,
@@ -131,27 +146,28 @@ def _least_tokens_per_batch(recipe: Recipe) -> int:
     return min(config.tokens_per_batch for config in recipe.named_teachers.values())
 
 
-def _student_engine(recipe: Recipe, pair: ModelPair) -> HFEngine:
-    return _sampler([(pair.student, 1.0)], recipe, pair, "student")
+class _Sampled(NamedTuple):
+    """What is sampled from as the student, and what brings it up to date with the one that is trained."""
+
+    model: PreTrainedModel
+    on_update: Callable[[int], None] | None
 
 
-def _engines(recipe: Recipe, pair: ModelPair, share: float, source: Source) -> dict[str, HFEngine]:
+def _engines(recipe: Recipe, pair: ModelPair, student: _Sampled, share: float, source: Source) -> dict[str, HFEngine]:
     """For each judge, an engine that samples from its mixture with the student, in which the judge has `share`."""
-    student = [(pair.student, 1 - share)] if share < 1 else []
-    return {
-        name: _sampler(
-            [*student, *((pair.teachers[member], share * own) for member, own in shares.items())], recipe, pair, source
-        )
-        for name, shares in recipe.judges.items()
-    }
+    engines = {}
+    for name, shares in recipe.judges.items():
+        judges = [(pair.teachers[member], share * own) for member, own in shares.items()]
+        first = student if share < 1 else _Sampled(judges.pop(0)[0], None)
+        engines[name] = _sampler(first, judges, recipe, pair, source)
+    return engines
 
 
 def _sampler(
-    models: Sequence[tuple[PreTrainedModel, float]], recipe: Recipe, pair: ModelPair, source: Source
+    first: _Sampled, mixed_in: Sequence[tuple[PreTrainedModel, float]], recipe: Recipe, pair: ModelPair, source: Source
 ) -> HFEngine:
-    (first, _), *mixed_in = models
     return HFEngine(
-        first,
+        first.model,
         vocab_size=pair.vocab_size,
         pad_id=pair.pad_id,
         precision=pair.precision,
@@ -159,6 +175,7 @@ def _sampler(
         source=source,
         mixed_in=mixed_in,
         end_ids=pair.end_tokens.merged_ids,
+        on_update=first.on_update,
     )
 
 

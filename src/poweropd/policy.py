@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from poweropd.adapters import add_adapters, plain_weights
 from poweropd.models import compute_precision, hidden_states, lm_head, no_progress_bars
 from poweropd.objectives.lm_head import LMHead
 from poweropd.packing import enable_packing
-from poweropd.sections import OptimizerConfig
+from poweropd.sections import LoRAConfig, OptimizerConfig
 from poweropd.types import TokenBatch, UpdateResult
 
 
@@ -39,6 +40,8 @@ class Student:
         vocab_size, end_ids: see `LMHead`.
         steps: of the whole run, for the learning-rate schedule.
         precision: dtype of matmuls.
+        lora: adapters to train in the place of the weights, which then stay as they are.
+        seed: of how they begin.
     """
 
     def __init__(
@@ -52,6 +55,8 @@ class Student:
         steps: int,
         precision: torch.dtype = torch.float32,
         gradient_checkpointing: bool = False,
+        lora: LoRAConfig | None = None,
+        seed: int = 0,
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -61,6 +66,7 @@ class Student:
         self._end_ids = end_ids
         self._precision = precision
         self.packed = enable_packing(model)
+        self._adapters = add_adapters(model, lora, seed=seed) if lora else None
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self._checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
@@ -125,16 +131,29 @@ class Student:
         self.optimizer.zero_grad()
         return UpdateResult(grad_norm=grad_norm, lr=lr)
 
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Its weights as they are now, adapters merged, by the names of the plain model; tied ones once."""
+        return plain_weights(self.model)
+
     def state(self) -> dict[str, Any]:
-        """All that decides the next update."""
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        """All that decides the next update: of a student with adapters, not the weights that stay as they are."""
+        return {"model": self._trained(), "optimizer": self.optimizer.state_dict()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
+        self.model.load_state_dict({**self.model.state_dict(), **state["model"]})
         self.optimizer.load_state_dict(state["optimizer"])
 
+    def _trained(self) -> dict[str, Tensor]:
+        state = self.model.state_dict()
+        if self._adapters is None:
+            return state
+        return {name: state[name] for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
     def save(self, folder: Path) -> None:
-        """A folder that plain `AutoModelForCausalLM.from_pretrained` loads, with the tokenizer."""
+        """A folder that plain `AutoModelForCausalLM.from_pretrained` loads, with the tokenizer; the adapters merged, and
+        also by themselves below it, as `PeftModel.from_pretrained` loads them."""
         with no_progress_bars():
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, state_dict=dict(self.weights()))
+            if self._adapters is not None:
+                self._adapters.save_pretrained(str(folder / "adapter"))
         self.tokenizer.save_pretrained(folder)

@@ -18,6 +18,19 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+class LoRAConfig(Section):
+    """Low-rank adapters, arXiv 2106.09685: the student's own weights stay as they are."""
+
+    rank: Positive = 32
+    """Of the adapters' matrices."""
+    alpha: Positive = 64
+    """Adapters count `alpha / rank` times."""
+    rank_stabilized: bool = False
+    """Count them `alpha / sqrt(rank)` times, arXiv 2312.03732."""
+    modules: list[str] = []
+    """Layers that have one, such as q_proj; empty: all linear layers but the LM head."""
+
+
 class StudentConfig(Section):
     model: str
     """Hub id, local folder, or `quickstart:student`."""
@@ -27,6 +40,8 @@ class StudentConfig(Section):
     """Precision of matmuls; weights and optimizer stay fp32. `auto`: bfloat16 on a GPU, float32 on a CPU."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    lora: LoRAConfig | None = None
+    """Train adapters alone, such as `{rank: 32}`; null trains every weight. Wants a learning rate about ten times as high."""
 
 
 class TeacherConfig(Section):

@@ -167,7 +167,7 @@ class _Training:
                 grad_norm = parts.student.gradient_norm()
                 guards.refuse_non_finite(result, grad_norm, rollouts, tokenizer, step)
                 update = parts.student.update(step, grad_norm)
-                parts.engine.update_weights(version=done)
+                parts.update_engines(done)
                 clock.lap("update")
 
                 metrics = loss_metrics(result, golden, objective) | {"lr": update.lr} | seen.metrics()
@@ -289,7 +289,7 @@ class _Training:
             return 0
         state, meta = loaded
         self._parts.student.load_state(state["student"])
-        self._parts.engine.update_weights(version=meta["step"])
+        self._parts.update_engines(meta["step"])
         checkpoint.set_random_states(state["random"])
         stateful = ("guard", self._guard), ("reference_kl", self._reference_kl), ("grad_norms", self._grad_norms)
         for name, part in stateful:

@@ -277,7 +277,8 @@ class Decoder:
     @torch.no_grad()
     def _agrees(self) -> bool:
         """Whether `LeanDecoding` gives what transformers gives: prompts, two steps, a row that moves, another step."""
-        dtype, device = self._model.dtype, self._model.device
+        dtypes = {parameter.dtype for parameter in self._model.parameters()}
+        dtype, device = min(dtypes, key=lambda each: each.itemsize), self._model.device  # of matmuls, where they differ
         vocabulary = self._model.config.get_text_config().vocab_size
         prompts = [[(31 * place + 7 * row + 1) % vocabulary for place in range(n)] for row, n in enumerate(CHECKED)]
         which = [0, 1, 1, 2, 3]

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -24,7 +24,7 @@ REFILL_AT = 0.25  # others take the places of finished rows once these are such 
 class HFEngine:
     """Samples from a transformers model, or token by token from a mixture of several.
 
-    Model objects are shared with the trainer; their weights are read anew in every call of `generate`.
+    Model objects may be shared with the trainer; their weights are read anew in every call of `generate`.
 
     Args:
         model: a causal language model.
@@ -39,6 +39,7 @@ class HFEngine:
             2306.08543.
         end_ids: end tokens that count as one outcome, see `LMHead`: drawn as the first of them, with the probability of
             all.
+        on_update: brings the models up to date, where they are not the trainer's; called with the version.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class HFEngine:
         source: Source = "student",
         mixed_in: Sequence[tuple[PreTrainedModel, float]] = (),
         end_ids: tuple[int, ...] = (),
+        on_update: Callable[[int], None] | None = None,
     ) -> None:
         self._models = [model, *(other for other, _ in mixed_in)]
         self._shares = [share for _, share in mixed_in]
@@ -61,9 +63,12 @@ class HFEngine:
         self._sequences_per_batch = sequences_per_batch
         self._source: Source = source
         self._end_ids = end_ids
+        self._on_update = on_update
         self._version = 0
 
     def update_weights(self, *, version: int) -> None:
+        if self._on_update is not None:
+            self._on_update(version)
         self._version = version
 
     def fingerprint(self) -> str:
