@@ -28,7 +28,6 @@ from poweropd.config import load_recipe
 from poweropd.models import resolve
 
 
-
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 RECIPE = ROOT / "recipes" / "quickstart.yaml"

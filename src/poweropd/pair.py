@@ -47,7 +47,7 @@ class ModelPair:
 
     def introduction(self) -> list[str]:
         """What a user should know of the pair before it is trained."""
-        sizes = ", ".join(f"{name} {_readable(model.num_parameters())}" for name, model in self.models.items())
+        sizes = ", ".join(f"{name} {readable(model.num_parameters())}" for name, model in self.models.items())
         lines = [f"{sizes} parameters; {self.vocab_size} tokens; {self.student.device.type}"]
         ends = self.end_tokens
         if ends.differ:
@@ -65,7 +65,7 @@ class ModelPair:
         return lines
 
 
-def _readable(count: int) -> str:
+def readable(count: int) -> str:
     """`630M`, `1.78B`."""
     return f"{count / 1e6:.3g}M" if count < 1e9 else f"{count / 1e9:.3g}B"
 

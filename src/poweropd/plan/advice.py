@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from poweropd.plan.load import Load
 from poweropd.plan.memory import memory
-from poweropd.sections import StudentConfig, TeacherConfig, TrainConfig
+from poweropd.plan.timing import NODE
+from poweropd.sections import LoRAConfig, TeacherConfig, TrainConfig
 
-LEAST_ROWS = 8  # sequences decoded together, below which decoding is more waiting than work
-RANK = 64  # of LoRA
-MOST_GPUS = 1024
+LEAST_ROWS = 8  # sequences decoded together; fewer are more waiting than work
+RANK = LoRAConfig().rank
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Advice:
-    """Changes that together make a recipe fit, cheapest first, none of which can be left out; or, if none do, all tried."""
+    """Changes that together make a recipe fit, cheapest first, none of which can be left out; or all there are, if none do."""
 
     changes: tuple[Change, ...]
     load: Load
@@ -39,31 +39,60 @@ def advise(load: Load, reload: Reload) -> Advice:
     Args:
         load: one that does not fit.
     """
+
+    def with_all(changes: Sequence[Change]) -> Load:
+        sets = [setting for change in changes for setting in change.sets]
+        return reload(sets, max([load.gpus, *(change.gpus for change in changes)]))
+
+    def fit(changes: Sequence[Change]) -> bool:
+        return memory(with_all(changes)).fits
+
     taken: list[Change] = []
     for change in _changes(load):
         taken.append(change)
-        if _fits(reload, taken, load.gpus):
+        if fit(taken):
             break
-    for change in list(taken):
+    else:
+        return Advice(tuple(taken), with_all(taken), fits=False)
+    for change in reversed(taken):  # what costs most and is not needed goes first
         rest = [other for other in taken if other is not change]
-        if _fits(reload, rest, load.gpus):
+        if fit(rest):
             taken = rest
-    found = _with(reload, taken, load.gpus)
-    return Advice(tuple(taken), found, memory(found).fits)
-
-
-def _with(reload: Reload, changes: Sequence[Change], gpus: int) -> Load:
-    return reload([setting for change in changes for setting in change.sets], max(gpus, *(change.gpus for change in changes), 1))
-
-
-def _fits(reload: Reload, changes: Sequence[Change], gpus: int) -> bool:
-    return memory(_with(reload, changes, gpus)).fits
+    return Advice(tuple(taken), with_all(taken), fits=True)
 
 
 def _changes(load: Load) -> Iterator[Change]:
-    """In the order of what they cost; each of the later of a kind makes up for the earlier."""
-    recipe = load.recipe
-    yield from _halved("train.tokens_per_micro_batch", recipe.train.tokens_per_micro_batch, load.fed, load, "more and smaller passes")
-    yield from _halved("rollout.sequences_per_batch", load.rows, LEAST_ROWS, load, "more decode steps")
+    """In the order of what they cost; of two values of one setting the later counts."""
+    recipe, gpus = load.recipe, load.gpus
+    micro = recipe.train.tokens_per_micro_batch
+    for tokens in _halves(min(micro, load.sequences * load.fed), load.fed):
+        yield Change((f"train.tokens_per_micro_batch={tokens}",), gpus, "more and smaller passes")
+    for rows in _halves(load.rows, LEAST_ROWS):
+        yield Change((f"rollout.sequences_per_batch={rows}",), gpus, "more decode steps")
     if not recipe.student.gradient_checkpointing:
-        yield Change(("student.gradient_checkpointing=true",), load.gpus, "a third more work in the update")
+        yield Change(("student.gradient_checkpointing=true",), gpus, "a third more work in the update")
+    sections = (
+        {"teacher": recipe.teacher} if recipe.teacher else {f"teachers.{n}": c for n, c in recipe.teachers.items()}
+    )
+    local = [f"{key}." for (key, _), each in zip(sections.items(), load.teachers, strict=True) if each.local]
+    for setting, cost in (
+        ("quantization=8bit", "scores that are rounded"),
+        ("quantization=4bit", "scores that are rounded more"),
+        ("offload=true", "its weights over PCIe for every batch"),
+        ("url=http://TEACHER-MACHINE:8100", "another machine, with `poweropd serve-teacher`"),
+    ):
+        name = setting.partition("=")[0]
+        if local and name in TeacherConfig.model_fields and (load.machine.device == "cuda" or name == "url"):
+            yield Change(tuple(key + setting for key in local), gpus, cost)
+    if "sharding" in TrainConfig.model_fields:
+        shards = gpus
+        while (shards := 2 * shards) <= NODE:
+            yield Change(("train.sharding=fsdp",), shards, f"{shards} GPUs that share one student")
+    if recipe.student.lora is None:
+        yield Change((f"student.lora={{rank: {RANK}}}",), gpus, "adapters are trained, not the weights")
+
+
+def _halves(value: int, least: int) -> Iterator[int]:
+    while value > least:
+        value = max(least, value // 2)
+        yield value

@@ -10,6 +10,7 @@ from poweropd.config import Recipe
 from poweropd.models import resolve_precision
 from poweropd.plan.machines import Machine
 from poweropd.plan.shapes import Shape, shape_of
+from poweropd.rollout.engine import Sampling
 from poweropd.sections import TeacherConfig
 
 PROMPT_TOKENS = 256  # where a recipe does not say
@@ -72,7 +73,7 @@ class Load:
         device = torch.device(machine.device)
         student = shape_of(recipe.student.model, recipe.student.revision)
         longest = [section.max_prompt_tokens for section in recipe.data_sections.values()]
-        lora = getattr(recipe.student, "lora", None)
+        lora = recipe.student.lora
         return cls(
             recipe=recipe,
             machine=machine,
@@ -83,7 +84,7 @@ class Load:
             student=student,
             teachers=tuple(_teacher(name, config, device) for name, config in recipe.named_teachers.items()),
             precision=resolve_precision(recipe.student.precision, device),
-            trained=student.parameters if lora is None else lora.rank * student.sides,
+            trained=student.parameters if lora is None else lora.rank * student.sides_of(lora.modules),
             shards=gpus if is_sharded(recipe.train) else 1,
         )
 
@@ -101,6 +102,16 @@ class Load:
     def rows(self) -> int:
         """Sequences decoded together."""
         return min(self.recipe.rollout.sequences_per_batch, self.sequences)
+
+    @property
+    def samples_plainly(self) -> bool:
+        """Whether rollouts are drawn from the whole softmax."""
+        return Sampling(stop_ids=(), **self.recipe.sampling.model_dump(exclude={"stop"})).is_plain
+
+    @property
+    def has_replica(self) -> bool:
+        """Whether a copy of the student is sampled from, since its own weights are spread or lack their adapters."""
+        return self.decodes_here and (self.shards > 1 or self.recipe.student.lora is not None)
 
     @property
     def vllm(self) -> Any:

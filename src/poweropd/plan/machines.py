@@ -65,8 +65,7 @@ def machine(name: str) -> Machine:
         return Machine(CPU, memory, 18 * GB, 0.25 * TERA, 1 * GB, device="cpu")
     if name not in MACHINES:
         known = [*MACHINES, CPU]
-        advice = nearest(name.lower(), known)
         raise ConfigError(
-            f"--gpu: no figures of {name!r}; {advice}" + ("" if "known" in advice else f" There are {', '.join(known)}")
+            f"--gpu: no figures of {name!r}; {nearest(name.lower(), known)} Choose among {', '.join(known)}"
         )
     return MACHINES[name]

@@ -10,6 +10,7 @@ from poweropd.config import label
 from poweropd.cpu import KEPT_HEAP
 from poweropd.objectives import Objective
 from poweropd.objectives.lm_head import ALIGNED, BLOCK_ELEMENTS, PANEL, tile_rows
+from poweropd.pair import readable
 from poweropd.plan.activations import activations
 from poweropd.plan.load import Load, Teacher
 from poweropd.plan.machines import GIB, Machine
@@ -91,20 +92,27 @@ def _always(load: Load, objective: Objective, *, freed: float) -> Iterator[Line]
     over = f", over {load.shards} GPUs" if load.shards > 1 else ""
     if device == "cpu":
         yield Line("process", RUNTIME[device], "Python, torch, transformers and tokenizers, as measured")
-        yield Line("free heap", min(KEPT_HEAP, freed), f"glibc keeps what is freed, up to {KEPT_HEAP >> 20} MiB (cpu.py)")
+        yield Line(
+            "free heap", min(KEPT_HEAP, freed), f"glibc keeps what is freed, up to {KEPT_HEAP >> 20} MiB (cpu.py)"
+        )
     else:
         yield Line("process", RUNTIME[device], "context, kernels and workspaces; an assumption")
-    count = _count(student.parameters)
+    count = readable(student.parameters)
     yield Line("student, weights", FP32 * student.parameters / load.shards, f"{count} in fp32{over}")
     yield Line(
         "student, AdamW",
         2 * FP32 * load.trained / load.shards,
-        f"two moments in fp32 of {_count(load.trained)} trained{over}",
+        f"two moments in fp32 of {readable(load.trained)} trained{over}",
     )
+    if load.has_replica:
+        size = load.precision.itemsize
+        yield Line(
+            "student, copy", size * student.parameters, f"whole and merged, to sample from; {size} bytes a weight"
+        )
     for each in load.teachers:
         if each.local and not each.offloaded:
             shards = load.gpus if each.sharded else 1
-            told = f"{_count(each.shape.parameters)} of {each.weight_bytes:g} bytes" + (
+            told = f"{readable(each.shape.parameters)} of {each.weight_bytes:g} bytes" + (
                 f", over {shards} GPUs" if shards > 1 else ""
             )
             yield Line(f"{label(each.name)}, weights", each.weight_bytes * each.shape.parameters / shards, told)
@@ -120,9 +128,7 @@ def _rollout(load: Load) -> Iterator[Line]:
     if not load.decodes_here:
         return
     student, size, rows = load.student, load.precision.itemsize, load.rows
-    if load.shards > 1:
-        yield Line("copy that samples", size * student.parameters, f"the whole student, {size} bytes a weight")
-    elif size < FP32:
+    if size < FP32 and not load.has_replica:
         yield Line("copies of weights", size * (student.products + student.head), "in the precision of decoding")
     elif load.machine.device == "cpu" and student.products <= COPIED_WEIGHTS:
         yield Line("copies of weights", size * student.products, "side by side, which small matrices like")
@@ -161,7 +167,7 @@ def _scores(load: Load, shape: Shape, precision: torch.dtype, tokens: int) -> It
 
 
 def _gradients(load: Load) -> Iterator[Line]:
-    yield Line("gradients", FP32 * load.trained / load.shards, f"of {_count(load.trained)} trained, in fp32")
+    yield Line("gradients", FP32 * load.trained / load.shards, f"of {readable(load.trained)} trained, in fp32")
     if load.shards > 1:
         size = GATHERED * (load.precision.itemsize + FP32) * load.student.largest_layer
         yield Line("gathered layers", size, f"{GATHERED} layers with their gradients at a time")
@@ -225,8 +231,3 @@ def _backward(load: Load) -> Iterator[Line]:
 
 def _device(load: Load) -> torch.device:
     return torch.device(load.machine.device)
-
-
-def _count(parameters: int) -> str:
-    """`630M`, `1.78B`."""
-    return f"{parameters / 1e6:.3g}M" if parameters < 1e9 else f"{parameters / 1e9:.3g}B"

@@ -1,5 +1,7 @@
 """What a model's config says of its size. Modules are made without weights, so every architecture counts itself."""
 
+from collections import Counter
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
@@ -24,7 +26,7 @@ class Shape:
         parameters: all, tied ones once.
         products: those that every token of the body is multiplied with; of experts, the ones that it is sent to.
         largest_layer: parameters of one decoder layer.
-        sides: inputs and outputs of all linear maps of the body, added up.
+        sides: inputs and outputs of the linear maps of the body, added up by name.
         vocabulary, hidden: sides of the LM head.
         layers: number of them.
     """
@@ -34,7 +36,7 @@ class Shape:
     parameters: int
     products: int
     largest_layer: int
-    sides: int
+    sides: Mapping[str, int]
     vocabulary: int
     hidden: int
     layers: int
@@ -48,6 +50,10 @@ class Shape:
         """Elements of the keys and values of one token."""
         heads = getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
         return 2 * self.layers * heads * self._head_size
+
+    def sides_of(self, modules: Collection[str]) -> int:
+        """Inputs and outputs of these linear maps, or of all: what an adapter of rank 1 has of parameters."""
+        return sum(size for name, size in self.sides.items() if name in modules or not modules)
 
     def body_flops(self, tokens: float, length: float) -> float:
         """Of a forward pass of the body over `tokens` tokens in rows of `length`; attention is causal."""
@@ -89,6 +95,10 @@ def shape_of_config(config: PreTrainedConfig, name: str) -> Shape:
     weights = [weight for module in layers.modules() for weight in module.parameters(recurse=False)]
     matrices = [weight for weight in weights if weight.dim() == 2]
     experts = sum(weight.numel() for weight in weights if weight.dim() == 3)
+    sides: Counter[str] = Counter()
+    for name, module in layers.named_modules():
+        if isinstance(module, nn.Linear):
+            sides[name.rpartition(".")[2]] += module.in_features + module.out_features
     chosen = getattr(text, "num_experts_per_tok", None) or 1
     there = next((count for name in EXPERTS if (count := getattr(text, name, None))), chosen)
     return Shape(
@@ -97,7 +107,7 @@ def shape_of_config(config: PreTrainedConfig, name: str) -> Shape:
         parameters=_size(model),
         products=sum(weight.numel() for weight in matrices) + experts * chosen // there,
         largest_layer=max(map(_size, layers)),
-        sides=sum(sum(weight.shape) for weight in matrices),
+        sides=dict(sides),
         vocabulary=model.get_output_embeddings().weight.shape[0],
         hidden=text.hidden_size,
         layers=text.num_hidden_layers,

@@ -1,6 +1,6 @@
 """Time of a step on each GPU, phase by phase, from counted FLOPs and bytes and an assumed share of each rate."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ LINK = 0.70  # of the link
 KERNELS, LATENCY = 15, 3e-6  # of a layer in a decode step, and seconds that each takes at least on a GPU
 FP32_RATE = 1 / 16  # of the bf16 rate of a GPU, for fp32 products without tensor cores
 NODE, NETWORK = 8, 50 * GB  # GPUs of a machine; bytes a second of each GPU between machines (400 Gbit/s)
+PCIE = 32 * GB  # bytes a second between a GPU and main memory, PCIe 4.0 x16
 ADAMW = 7 * FP32  # bytes a parameter: weight, gradient and moments read, all but the gradient written
 
 
@@ -36,7 +37,7 @@ def step_time(load: Load) -> list[Phase]:
     return [*_rollout(load), *_scoring(load), _update(load), _optimizer(load), *_communication(load)]
 
 
-def seconds(phases: list[Phase]) -> float:
+def seconds(phases: Sequence[Phase]) -> float:
     return sum(phase.seconds for phase in phases)
 
 
@@ -86,11 +87,13 @@ def _products(load: Load, teacher: Teacher, flops: float) -> tuple[float, float,
         batches, _ = load.batches(teacher.tokens_per_batch)
         moved = batches * teacher.weight_bytes * teacher.shape.parameters
         over = moved / (PCIE * LINK)
-        return max(taken, over), flops, moved, f"{batches} times its weights over PCIe at {LINK:.0%} of {PCIE / GB:g} GB/s"
+        return (
+            max(taken, over),
+            flops,
+            moved,
+            f"{batches} times its weights over PCIe at {LINK:.0%} of {PCIE / GB:g} GB/s",
+        )
     return taken, flops, moved, why
-
-
-PCIE = 32 * GB  # bytes a second between a GPU and main memory, PCIe 4.0 x16
 
 
 def _forward(load: Load, shape: Shape, *, head: bool) -> float:
@@ -107,7 +110,7 @@ def _update(load: Load) -> Phase:
     body, head = _forward(load, student, head=False), student.head_flops(load.responses)
     passes = 4 if load.recipe.student.gradient_checkpointing else 3
     flops = passes * body + 3 * head
-    if objective.needs_whole_step and not (objective.shapes_by_logprobs_alone and load.recipe.sampling_is_plain):
+    if objective.needs_whole_step and not (objective.shapes_by_logprobs_alone and load.samples_plainly):
         flops += body + head
     if objective.needs == "full":
         flops += sum(each.shape.head_flops(load.responses) for each in load.teachers)
@@ -117,7 +120,9 @@ def _update(load: Load) -> Phase:
 
 def _optimizer(load: Load) -> Phase:
     moved = ADAMW * load.trained / load.shards
-    return Phase("optimizer", moved / (load.machine.bandwidth * DECODING), 0, moved, f"{ADAMW} bytes a trained parameter")
+    return Phase(
+        "optimizer", moved / (load.machine.bandwidth * DECODING), 0, moved, f"{ADAMW} bytes a trained parameter"
+    )
 
 
 def _communication(load: Load) -> Iterator[Phase]:
@@ -128,17 +133,31 @@ def _communication(load: Load) -> Iterator[Phase]:
         if load.shards > 1:
             batches, _ = load.batches(load.recipe.train.tokens_per_micro_batch)
             size = load.precision.itemsize
-            moved = others * (batches * (2 * size * load.student.parameters + FP32 * load.trained) + size * load.student.parameters)
+            moved = others * (
+                batches * (2 * size * load.student.parameters + FP32 * load.trained) + size * load.student.parameters
+            )
             what = f"weights gathered twice and gradients scattered in each of {batches} micro-batches, weights once to sample"
         else:
             moved = 2 * others * FP32 * load.trained
             what = "gradients added up over all GPUs"
-        yield Phase("communication", moved / (link * LINK), 0, moved, f"{what}, at {LINK:.0%} of {link / GB:g} GB/s; none of it hidden")
+        yield Phase(
+            "communication",
+            moved / (link * LINK),
+            0,
+            moved,
+            f"{what}, at {LINK:.0%} of {link / GB:g} GB/s; none of it hidden",
+        )
         for each in load.teachers:
             if each.sharded and each.local:
                 batches, _ = load.batches(each.tokens_per_batch)
                 moved = others * batches * each.weight_bytes * each.shape.parameters
-                yield Phase(f"{label(each.name)} gathered", moved / (link * LINK), 0, moved, f"its weights for each of {batches} batches")
+                yield Phase(
+                    f"{label(each.name)} gathered",
+                    moved / (link * LINK),
+                    0,
+                    moved,
+                    f"its weights for each of {batches} batches",
+                )
     if load.vllm is not None:
         moved = load.precision.itemsize * load.student.parameters
         yield Phase("weights to vLLM", moved / (load.machine.bandwidth * DECODING), 0, moved, "copied once a step")
