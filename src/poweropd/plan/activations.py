@@ -5,6 +5,7 @@ on two and on three layers, and grows by the same with every further one.
 """
 
 import logging
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,7 +55,9 @@ def activations(
         ModelError: the architecture cannot run on tensors without numbers.
     """
     fewer, more = (
-        _trace(with_layers(shape, layers), shape.name, rows, length, precision, train, checkpointing)
+        _trace(
+            with_layers(shape, layers), shape.name, rows, length, precision, train=train, checkpointing=checkpointing
+        )
         for layers in TRACED
     )
     further = shape.layers - TRACED[1]
@@ -67,8 +70,9 @@ def _trace(
     rows: int,
     length: int,
     precision: torch.dtype,
-    train: bool,  # noqa: FBT001
-    checkpointing: bool,  # noqa: FBT001
+    *,
+    train: bool,
+    checkpointing: bool,
 ) -> Activations:
     packing = Packing.of([length] * rows, CPU)
     try:
@@ -114,12 +118,12 @@ def _prepare(model: Any, *, train: bool, checkpointing: bool) -> None:
 
 @contextmanager
 def _without_numbers() -> Iterator[None]:
-    """Tensors know their shape, dtype and storage, and hold nothing."""
+    """Tensors know their shape, dtype and storage, and hold nothing. What libraries say meanwhile is not for the user."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     level = log.level
-    log.setLevel(logging.CRITICAL)  # a failure is told once, by us
+    log.setLevel(logging.CRITICAL)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with warnings.catch_warnings(action="ignore"), FakeTensorMode(allow_non_fake_inputs=True):
             yield
     finally:
         log.setLevel(level)

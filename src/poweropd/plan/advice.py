@@ -29,6 +29,11 @@ class Advice:
     load: Load
     fits: bool
 
+    @property
+    def sets(self) -> list[str]:
+        """The settings of all changes, each once."""
+        return list({setting.partition("=")[0]: setting for change in self.changes for setting in change.sets}.values())
+
 
 Reload = Callable[[Sequence[str], int], Load]
 """The load of the recipe with further settings on so many GPUs."""

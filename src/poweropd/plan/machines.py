@@ -1,9 +1,13 @@
 """What GPUs can do, as their makers say."""
 
+import math
 import os
 from dataclasses import dataclass
 
+import torch
+
 from poweropd.errors import ConfigError
+from poweropd.models import default_device
 from poweropd.recipes import nearest
 
 GIB, GB, TERA = 2**30, 1e9, 1e12
@@ -52,6 +56,15 @@ MACHINES = {
     )
 }
 CPU = "cpu"
+
+
+def here() -> Machine:
+    """What this process would train on, of which only the memory is known."""
+    device = default_device()
+    if device.type == "cpu":
+        return machine(CPU)
+    properties = torch.cuda.get_device_properties(device)
+    return Machine(properties.name, properties.total_memory, math.nan, math.nan, math.nan)
 
 
 def machine(name: str) -> Machine:
