@@ -29,7 +29,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from poweropd.config import load_recipe
-from poweropd.models import resolve
+from poweropd.models import no_progress_bars, resolve
 from poweropd.plan.load import Load
 from poweropd.plan.machines import machine
 from poweropd.plan.memory import memory
@@ -77,7 +77,8 @@ class Model:
         tokenizer.add_tokens([f"<{number}>" for number in range(self.vocabulary - len(tokenizer))])
         config = self.config()
         config.eos_token_id = tokenizer.eos_token_id
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+        with no_progress_bars():
+            AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 

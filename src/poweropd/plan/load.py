@@ -19,16 +19,33 @@ QUANTIZED = {"8bit": 1.0, "4bit": 0.5}  # bytes a weight
 
 @dataclass(frozen=True)
 class Teacher:
-    """A model that judges; where it is `local`, it lies on the GPUs that train."""
+    """A model that judges.
+
+    Attributes:
+        layer_bytes: of a weight of its decoder layers; all others are of `precision`.
+        local: whether it lies on the GPUs that train.
+        shards: GPUs that share one copy of it.
+        offloaded: whether its layers lie in main memory.
+    """
 
     name: str
     shape: Shape
     precision: torch.dtype
-    weight_bytes: float
+    layer_bytes: float
     tokens_per_batch: int
     local: bool
-    sharded: bool
+    shards: int
     offloaded: bool
+
+    @property
+    def in_layers(self) -> float:
+        """Bytes of its decoder layers."""
+        return self.layer_bytes * self.shape.in_layers
+
+    @property
+    def beside_layers(self) -> int:
+        """Bytes of its embedding and LM head."""
+        return self.precision.itemsize * (self.shape.parameters - self.shape.in_layers)
 
 
 @dataclass(frozen=True)
@@ -82,10 +99,10 @@ class Load:
             prompt=prompt or min(PROMPT_TOKENS, *(tokens or PROMPT_TOKENS for tokens in longest)),
             response=response or recipe.sampling.max_new_tokens,
             student=student,
-            teachers=tuple(_teacher(name, config, device) for name, config in recipe.named_teachers.items()),
+            teachers=tuple(_teacher(name, config, device, gpus) for name, config in recipe.named_teachers.items()),
             precision=resolve_precision(recipe.student.precision, device),
             trained=student.parameters if lora is None else lora.rank * student.sides_of(lora.modules),
-            shards=gpus if is_sharded(recipe.train) else 1,
+            shards=_shards(recipe.train, gpus),
         )
 
     @property
@@ -131,20 +148,20 @@ class Load:
         return count, math.ceil(self.sequences / count)
 
 
-def is_sharded(section: Any) -> bool:
-    """Whether the weights of this section's model are spread over all GPUs."""
-    return getattr(section, "sharding", "none") == "fsdp"
+def _shards(section: Any, gpus: int) -> int:
+    """Over how many GPUs the weights of this section's model are spread."""
+    return gpus if getattr(section, "sharding", "none") == "fsdp" else 1
 
 
-def _teacher(name: str, config: TeacherConfig, device: torch.device) -> Teacher:
+def _teacher(name: str, config: TeacherConfig, device: torch.device, gpus: int) -> Teacher:
     precision = resolve_precision(config.precision, device)
     return Teacher(
         name=name,
         shape=shape_of(config.model, config.revision),
         precision=precision,
-        weight_bytes=QUANTIZED.get(getattr(config, "quantization", "none"), precision.itemsize),
+        layer_bytes=QUANTIZED.get(getattr(config, "quantization", "none"), precision.itemsize),
         tokens_per_batch=config.tokens_per_batch,
         local=getattr(config, "url", None) is None,
-        sharded=is_sharded(config),
+        shards=_shards(config, gpus),
         offloaded=getattr(config, "offload", False),
     )

@@ -23,6 +23,7 @@ FP32 = 4  # bytes
 DRAWING = 3  # tensors of [rows, vocabulary], fp32, while a token is drawn: logits, probabilities, what is left of them
 NOISE = 20  # bytes a token that may be drawn: its uniform number, id and log-probability
 BLOCKS = 6  # tensors of a block of logits, fp32
+FREED = 2 / 3  # of what a phase frees on a CPU: what glibc keeps and later tensors do not fit into, as measured
 GATHERED = 2  # layers of a sharded model that are whole at a time: the one at work and the next
 
 
@@ -92,9 +93,8 @@ def _always(load: Load, objective: Objective, *, freed: float) -> Iterator[Line]
     over = f", over {load.shards} GPUs" if load.shards > 1 else ""
     if device == "cpu":
         yield Line("process", RUNTIME[device], "Python, torch, transformers and tokenizers, as measured")
-        yield Line(
-            "free heap", min(KEPT_HEAP, freed), f"glibc keeps what is freed, up to {KEPT_HEAP >> 20} MiB (cpu.py)"
-        )
+        why = f"freed, and too small for later tensors; at most {KEPT_HEAP >> 20} MiB"
+        yield Line("free heap", min(KEPT_HEAP, FREED * freed), why)
     else:
         yield Line("process", RUNTIME[device], "context, kernels and workspaces; an assumption")
     count = readable(student.parameters)
@@ -110,12 +110,12 @@ def _always(load: Load, objective: Objective, *, freed: float) -> Iterator[Line]
             "student, copy", size * student.parameters, f"whole and merged, to sample from; {size} bytes a weight"
         )
     for each in load.teachers:
-        if each.local and not each.offloaded:
-            shards = load.gpus if each.sharded else 1
-            told = f"{readable(each.shape.parameters)} of {each.weight_bytes:g} bytes" + (
-                f", over {shards} GPUs" if shards > 1 else ""
-            )
-            yield Line(f"{label(each.name)}, weights", each.weight_bytes * each.shape.parameters / shards, told)
+        if each.local:
+            held = each.beside_layers + (0 if each.offloaded else each.in_layers)
+            where = "its layers in main memory" if each.offloaded else f"layers of {each.layer_bytes:g} bytes a weight"
+            spread = f", over {each.shards} GPUs" if each.shards > 1 else ""
+            told = f"{readable(each.shape.parameters)}, {where}{spread}"
+            yield Line(f"{label(each.name)}, weights", held / each.shards, told)
     if objective.needs_of_reference != "nothing":
         size = load.precision.itemsize
         yield Line("reference, weights", size * student.parameters, f"the initial student, {count} of {size} bytes")
@@ -150,9 +150,9 @@ def _rollout(load: Load) -> Iterator[Line]:
 def _scoring(load: Load, teacher: Teacher, objective: Objective) -> Iterator[Line]:
     yield from _kept_hidden(load, objective)
     yield from _scores(load, teacher.shape, teacher.precision, teacher.tokens_per_batch)
-    if teacher.sharded or teacher.offloaded:
-        why = f"{GATHERED} layers at a time"
-        yield Line("gathered layers", GATHERED * teacher.weight_bytes * teacher.shape.largest_layer, why)
+    if teacher.shards > 1 or teacher.offloaded:
+        size = GATHERED * teacher.layer_bytes * teacher.shape.largest_layer
+        yield Line("gathered layers", size, f"{GATHERED} at a time")
 
 
 def _scores(load: Load, shape: Shape, precision: torch.dtype, tokens: int) -> Iterator[Line]:

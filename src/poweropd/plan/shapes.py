@@ -24,6 +24,7 @@ class Shape:
         name: what the recipe calls it.
         config: of the text model.
         parameters: all, tied ones once.
+        in_layers: those of decoder layers.
         products: those that every token of the body is multiplied with; of experts, the ones that it is sent to.
         largest_layer: parameters of one decoder layer.
         sides: inputs and outputs of the linear maps of the body, added up by name.
@@ -34,6 +35,7 @@ class Shape:
     name: str
     config: PreTrainedConfig
     parameters: int
+    in_layers: int
     products: int
     largest_layer: int
     sides: Mapping[str, int]
@@ -105,6 +107,7 @@ def shape_of_config(config: PreTrainedConfig, name: str) -> Shape:
         name=name,
         config=text,
         parameters=_size(model),
+        in_layers=_size(layers),
         products=sum(weight.numel() for weight in matrices) + experts * chosen // there,
         largest_layer=max(map(_size, layers)),
         sides=dict(sides),

@@ -61,7 +61,7 @@ def verdict(memory: Memory) -> str:
 
 def advised(advice: Advice, before: Load, memory: Memory, time: float) -> Iterator[str]:
     """What to change, and the plan after it."""
-    options = " ".join(f"--set '{setting}'" for setting in advice.sets)
+    options = " ".join(f"--set '{setting}'" for change in advice.changes for setting in change.sets)
     if not advice.fits:
         yield f"no change makes it fit; with all together it needs {_gib(memory.peak)} GiB: {options}"
         return

@@ -85,13 +85,13 @@ def _products(load: Load, teacher: Teacher, flops: float) -> tuple[float, float,
         return taken, flops, moved, f"{why}, on a machine like this one"
     if teacher.offloaded:
         batches, _ = load.batches(teacher.tokens_per_batch)
-        moved = batches * teacher.weight_bytes * teacher.shape.parameters
+        moved = batches * teacher.in_layers
         over = moved / (PCIE * LINK)
         return (
             max(taken, over),
             flops,
             moved,
-            f"{batches} times its weights over PCIe at {LINK:.0%} of {PCIE / GB:g} GB/s",
+            f"{batches} times its layers over PCIe at {LINK:.0%} of {PCIE / GB:g} GB/s",
         )
     return taken, flops, moved, why
 
@@ -148,9 +148,9 @@ def _communication(load: Load) -> Iterator[Phase]:
             f"{what}, at {LINK:.0%} of {link / GB:g} GB/s; none of it hidden",
         )
         for each in load.teachers:
-            if each.sharded and each.local:
+            if each.shards > 1 and each.local:
                 batches, _ = load.batches(each.tokens_per_batch)
-                moved = others * batches * each.weight_bytes * each.shape.parameters
+                moved = others * batches * (each.in_layers + each.beside_layers)
                 yield Phase(
                     f"{label(each.name)} gathered",
                     moved / (link * LINK),
