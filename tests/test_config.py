@@ -48,7 +48,7 @@ def with_values(**sections: object) -> dict:
         (with_values(rollout={"sources": {"taecher": 1}}), ["rollout.sources.taecher: input should be 'student', 'teacher' or 'golden', got 'taecher'"]),
         (with_values(rollout={"teacher_mixing": 1}), ["rollout.teacher_mixing: input should be less than 1, got 1"]),
         (with_values(rollout={"teacher_mixing": 0.2, "sources": {"golden": 1}}), ["rollout.teacher_mixing 0.2 mixes the teacher into the student's rollouts, but rollout.sources is {golden: 1}; give"]),
-        (with_values(rollout={"importance": "none"}), ["rollout.importance: none does nothing: it weighs the sampled rewards of the teacher's rollouts"]),
+        (with_values(rollout={"importance": "none"}), ["rollout.importance: none does nothing: it weighs the sampled rewards of off-policy rollouts"]),
         (with_values(rollout={"importance_cap": 2, "sources": {"teacher": 1}}, objective={"name": "reverse_kl"}), ["rollout.importance_cap: 2.0 does nothing"]),
         (with_values(rollout={"sources": {"golden": 1}}, sampling={"samples_per_prompt": 2}, objective={"name": "power", "baseline": "leave_one_out"}), ["objective.baseline leave_one_out compares the rollouts of one prompt, and rollout.sources {golden: 1}"]),
         (with_values(guard=None), ["guard: a section of settings is needed, got None; leave it out for its defaults"]),
@@ -165,6 +165,7 @@ def test_every_setting_says_what_it_means() -> None:
         (["rollout.sources={golden: 1}"], ["the prefixes of golden", "nobody sampled"]),
         (["rollout.sources={golden: 1}", "objective.name=reverse_kl"], ["the prefixes of golden"]),
         (["rollout.teacher_mixing=0.2"], ["the prefixes of student with 0.2 of the teacher"]),
+        (["rollout.max_staleness=1"], ["the prefixes of a student up to 1 step old"]),
         (["rollout.sources={teacher: 1}", "rollout.importance=none"], ["the prefixes of teacher", "not weighted"]),
         (["rollout.sources={golden: 1}", "objective={name: reverse_kl, estimator: top_k}"], ["the prefixes of golden"]),
         (

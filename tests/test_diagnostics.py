@@ -387,7 +387,13 @@ def documented(file: str) -> set[str]:
 
 def test_runs_write_the_documented_keys_and_no_others(tmp_path: Path) -> None:
     """A sampled objective with all that can be asked of it, and an exact one."""
-    settings = ["train.steps=2", "train.prompts_per_step=4", "sampling.max_new_tokens=48", "evaluation.data=null"]
+    settings = [
+        "train.steps=2",
+        "train.prompts_per_step=4",
+        "sampling.max_new_tokens=48",
+        "evaluation.data=null",
+        "rollout.max_staleness=1",
+    ]
     objectives = "{name: log_ratio, reference_kl: 0.1, golden: 0.1}", "{name: reverse_kl}"
     written: dict[str, set[str]] = {}
     for name, objective in zip(("sampled", "exact"), objectives, strict=True):

@@ -133,6 +133,20 @@ def test_off_policy_rewards_are_weighted_up_to_the_cap_and_the_students_own_are_
     assert (got.terms[1].advantages[:-1] != bare.terms[1].advantages[:-1]).all()
 
 
+def test_rollouts_of_an_older_student_are_off_policy(
+    make_student: Callable[..., Student], models: tuple[torch.nn.Module, torch.nn.Module]
+) -> None:
+    old, current = ([replace(r, policy_version=v) for r in make_rollouts([(3, 6)])] for v in (3, 4))
+    objective, how = build("power"), MicroBatches(tokens=20, importance_cap=0.01)
+    scored = judge([*old, *current], objective, HFTeacher(models[0], vocab_size=512))
+    bare = accumulate_gradient(make_student(), scored, objective, how)
+    got = accumulate_gradient(make_student(), scored, objective, how, version=4)
+    (one, two), (older, newer) = bare.terms, got.terms
+    ratio = (one.logprobs - torch.tensor(old[0].rollout_logprobs)).exp().clamp(max=0.01)
+    torch.testing.assert_close(older.advantages, ratio * one.advantages)
+    torch.testing.assert_close(newer.advantages, two.advantages)
+
+
 def test_importance_weights_come_after_whole_step_shaping(
     make_student: Callable[..., Student], models: tuple[torch.nn.Module, torch.nn.Module]
 ) -> None:

@@ -49,11 +49,6 @@ class Parts:
     asking: Asking
     data_fingerprint: str
 
-    def update_engines(self, version: int) -> None:
-        """Have all engines sample from the student as it is after `version` optimizer steps."""
-        for engine in (self.engine, self.student_engine):  # the first may do without the second
-            engine.update_weights(version=version)
-
 
 def assemble(recipe: Recipe) -> Parts:
     """Build every part of a run.
@@ -68,7 +63,8 @@ def assemble(recipe: Recipe) -> Parts:
         **recipe.sampling.model_dump(exclude={"stop"}),
     )
     prompts, problems = load_data(recipe, pair, sampling)
-    twin = Replica(pair.student, pair.precision) if recipe.student.lora else None
+    apart = recipe.student.lora or recipe.rollout.max_staleness
+    twin = Replica(pair.student, pair.precision) if apart else None
     student = Student(
         pair.student,
         pair.tokenizer,

@@ -4,13 +4,14 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import chain, repeat
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from poweropd.objectives.lm_head import Distribution
 from poweropd.objectives.positions import TokenInputs
-from poweropd.types import Rollout, ScoredRollout, Source, TokenBatch
+from poweropd.types import Rollout, ScoredRollout, TokenBatch
 
 PADDING = 1.03  # padded rows of one forward pass may take this many times their tokens,
 ENOUGH = 1024  # unless they would be fewer than so many: matrix products like many rows
@@ -48,7 +49,11 @@ def group_by_tokens(rollouts: Sequence[Rollout], tokens: int, *, packed: bool) -
 
 
 def collate(
-    scored: Sequence[ScoredRollout], *, masked_end_ids: Sequence[int] = (), masked_ids: Sequence[int] = ()
+    scored: Sequence[ScoredRollout],
+    *,
+    masked_end_ids: Sequence[int] = (),
+    masked_ids: Sequence[int] = (),
+    version: int | None = None,
 ) -> TokenBatch:
     """Tensors of some scored rollouts; see `TokenBatch` for the layout.
 
@@ -56,6 +61,7 @@ def collate(
         scored: with scores of one kind, and whole distributions of the same models.
         masked_end_ids: a response's last token is not trained on if it is one of these.
         masked_ids: tokens that are never trained on.
+        version: optimizer steps that the student has taken; rollouts of its older versions are off-policy. None: none are.
     """
     rollouts = [item.rollout for item in scored]
     lengths = tuple(map(_fed, rollouts))
@@ -86,12 +92,20 @@ def collate(
         members = [together(hidden) for hidden in zip(*(part.hidden for part in there), strict=True)]
         return replace(there[0], hidden=tuple(member for member in members if member is not None))
 
-    def logprobs(*sources: Source) -> Tensor:
-        """[N] under the distribution sampled from, where that was one of `sources`; else NaN."""
-        told = (r.rollout_logprobs if r.source in sources else repeat(torch.nan, len(r)) for r in rollouts)
+    def sampler(rollout: Rollout) -> Literal["student", "other", "nobody"]:
+        """Who drew it: the student as it is now, anyone else, or nobody."""
+        if rollout.source == "golden":
+            return "nobody"
+        is_current = version is None or rollout.policy_version >= version
+        return "student" if rollout.source == "student" and is_current else "other"
+
+    def logprobs(drawn_by: str) -> Tensor:
+        """[N] under the distribution sampled from, where that was `drawn_by`; else NaN."""
+        told = (r.rollout_logprobs if own == drawn_by else repeat(torch.nan, len(r)) for r, own in drawn)
         return trained(torch.tensor([*chain.from_iterable(told)], dtype=torch.float32))
 
-    on_policy = all(rollout.source in ("student", "golden") for rollout in rollouts)
+    drawn = [(rollout, sampler(rollout)) for rollout in rollouts]
+    on_policy = all(own != "other" for _, own in drawn)
     scores, references = [item.scores for item in scored], [item.reference for item in scored]
     return TokenBatch(
         input_ids=_ids(chain.from_iterable((*r.prompt.prompt_ids, *r.response_ids[:-1]) for r in rollouts)),
@@ -104,7 +118,7 @@ def collate(
             top_ids=together(score.top_ids for score in scores),
             top_logprobs=together(score.top_logprobs for score in scores),
             top1_ids=together(score.top1_ids for score in scores),
-            rollout_logprobs=None if on_policy else logprobs("teacher", "mixture"),
+            rollout_logprobs=None if on_policy else logprobs("other"),
             reference_logprobs=together(reference.logprobs for reference in references),
             teacher=distribution(score.distribution for score in scores),
             reference=distribution(reference.distribution for reference in references),

@@ -93,10 +93,12 @@ class Recipe(Section):
         objective, rollout = self.objective.build(), self.rollout
         weighed = {name: getattr(rollout, name) for name in ("importance", "importance_cap")}
         changed = [name for name, value in weighed.items() if value != RolloutConfig.model_fields[name].default]
-        if changed and not (objective.has_score and (rollout.teacher_mixing or "teacher" in rollout.sources)):
+        off_policy = rollout.teacher_mixing or rollout.max_staleness or "teacher" in rollout.sources
+        if changed and not (objective.has_score and off_policy):
             raise ValueError(
-                f"rollout.{changed[0]}: {weighed[changed[0]]} does nothing: it weighs the sampled rewards of the teacher's "
-                "rollouts, and there are none; leave it out, or change rollout.sources, teacher_mixing or objective.estimator"
+                f"rollout.{changed[0]}: {weighed[changed[0]]} does nothing: it weighs the sampled rewards of off-policy "
+                "rollouts, and there are none; leave it out, or change rollout.sources, teacher_mixing, max_staleness or "
+                "objective.estimator"
             )
         settings = objective.settings
         if settings.get("baseline") == "leave_one_out" and self.sampling.samples_per_prompt < 2:

@@ -142,10 +142,13 @@ class RolloutConfig(Section):
     whatever `samples_per_prompt` is. GKD's lambda (arXiv 2306.13649) is `{student: lambda, golden: 1 - lambda}`."""
     teacher_mixing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """m: the student's rollouts are drawn token by token from `(1 - m) q + m p`. MiniLLM (arXiv 2306.08543): 0.2."""
+    max_staleness: NonNegative = 0
+    """s > 0: the rollouts of the next s steps are drawn while this one trains, so they are 1 to s optimizer steps old when
+    they are trained on; 1 is one-step-off. The student is sampled from a copy. 0: every step waits for its own."""
     importance: Literal["token", "none"] = "token"
-    """Rollouts of the teacher and of the mixture are off-policy. `token`: each sampled reward is weighted by
-    `min(q / sampling probability, importance_cap)`, detached. `none`: nothing corrects them. Rollouts of the student
-    have weight 1; so have golden answers, which no one sampled: their prefixes remain the data's."""
+    """Rollouts of the teacher, of the mixture and of an older student are off-policy. `token`: each sampled reward is
+    weighted by `min(q / sampling probability, importance_cap)`, detached. `none`: nothing corrects them. Rollouts of the
+    student as it is have weight 1; so have golden answers, which no one sampled: their prefixes remain the data's."""
     importance_cap: Annotated[float, Field(gt=0)] = 5.0
     """Largest weight of a sampled reward."""
 

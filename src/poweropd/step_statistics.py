@@ -36,6 +36,7 @@ class StepStatistics:
 
     Args:
         rollouts: those of the step.
+        version: optimizer steps that the student has taken; rollouts of older versions are off-policy. None: none is.
         sampling: how they were drawn.
         device: where the tokens are.
         detailed: whether positions and distributions are wanted, beside metrics.
@@ -47,13 +48,17 @@ class StepStatistics:
         rollouts: Sequence[Rollout],
         sampling: Sampling,
         *,
+        version: int | None = None,
         device: torch.device | str = "cpu",
         detailed: bool = True,
     ) -> None:
         self._objective = objective
         self._signal = signal_of(objective)
         self._is_full_softmax = sampling.is_plain
-        self._is_on_policy = sampling.is_plain and all(rollout.source == "student" for rollout in rollouts)
+        self._is_on_policy = sampling.is_plain and all(
+            rollout.source == "student" and (version is None or rollout.policy_version >= version)
+            for rollout in rollouts
+        )
         self._detailed = detailed
         bins = POSITION_BINS if detailed else 0
         self._keys: tuple[str, ...] = ()
@@ -97,6 +102,8 @@ class StepStatistics:
             "entropy/teacher": terms.teacher_entropies.double(),
             "top1_agreement": terms.top1_agreement.double(),
         }
+        if batch.inputs.rollout_logprobs is not None:
+            numbers["rollout/off_policy"] = (logprobs - batch.inputs.rollout_logprobs.double()).abs()
         if self._signal == "reward":
             both = (signal != 0) & (log_ratio != 0) & log_ratio.isfinite()
             numbers["reward/sign_agreement"] = _where(both, (signal > 0) == (log_ratio > 0))

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from poweropd import checkpoint, cpu, guards
 from poweropd.assembly import assemble
@@ -20,6 +20,7 @@ from poweropd.objectives import Objective, build
 from poweropd.objectives.schedules import Coefficient
 from poweropd.rollout.engine import Sampler
 from poweropd.rollout.golden import GoldenEngine
+from poweropd.rollout.schedule import Schedule
 from poweropd.rollout.sources import off_policy_notes
 from poweropd.runlog import CHECKPOINTS, RECIPE, STUDENT, SUMMARY, RunDirectory
 from poweropd.step_statistics import StepStatistics
@@ -28,7 +29,6 @@ from poweropd.trackers import Trackers, require
 from poweropd.types import Prompt, ScoredRollout
 from poweropd.update import GradientResult, accumulate_gradient
 
-UNTRAINED = "000000"  # a place below eval/; those of trained students are named by step
 MAY_CHANGE_ON_RESUME = {
     "train": {"steps"},
     "checkpoint": True,
@@ -110,6 +110,14 @@ class _Training:
         self._reference_kl = Coefficient.of(self._parts.objective.settings, "reference_kl")
         self._golden = Coefficient.of(self._parts.objective.settings, "golden")
         self._grad_norms = GradNorms()
+        self._schedule = Schedule(
+            self._parts.engine,
+            self._parts.sampling,
+            partial(self._parts.stream.take, count=recipe.train.prompts_per_step),
+            partial(step_seed, recipe.train.seed),
+            steps=recipe.train.steps,
+            staleness=recipe.rollout.max_staleness,
+        )
         self._started = time.monotonic()
         self._seconds_before = 0.0  # of earlier sessions of this run, up to the checkpoint
 
@@ -129,10 +137,11 @@ class _Training:
             if recipe.evaluation.teacher:
                 for name, engine in parts.teacher_engines.items():
                     evaluations[_place(name)] = self._evaluate(_place(name), engine, label(name))
-            evaluations["before"] = self._evaluate(UNTRAINED, parts.student_engine, "student before")
-        self._loop(self._restore())
+            evaluations["before"] = self._evaluate_student(0, "student before")
+        with self._schedule:
+            self._loop(self._restore())
         if parts.problems:
-            evaluations["after"] = self._evaluate(f"{recipe.train.steps:06d}", parts.student_engine, "student after")
+            evaluations["after"] = self._evaluate_student(recipe.train.steps, "student after")
         export_student(parts.student, self._run.path / STUDENT, recipe, parts.pair.end_tokens.stop_ids, evaluations)
         facts = {
             "objective": {"name": parts.objective.name, **parts.objective.shown},
@@ -152,13 +161,15 @@ class _Training:
                 done = step + 1
                 clock = Clock(device)
                 prompts = parts.stream.take(step, config.prompts_per_step)
-                rollouts = parts.engine.generate(prompts, parts.sampling, seed=step_seed(config.seed, step))
+                rollouts = self._schedule.take(step)
                 clock.lap("rollout")
                 objective = self._objective_at(step)
                 scored = judge(rollouts, objective, parts.teacher, parts.reference)
                 clock.lap("teacher")
                 in_detail = step % log.rollouts_every == 0 or done == config.steps
-                seen = StepStatistics(objective, rollouts, parts.sampling, device=device, detailed=in_detail)
+                seen = StepStatistics(
+                    objective, rollouts, parts.sampling, version=step, device=device, detailed=in_detail
+                )
                 keep = log.rollouts if in_detail else 0
                 result = accumulate_gradient(
                     parts.student, scored, objective, parts.how, version=step, watch=seen.add, keep=keep
@@ -167,7 +178,6 @@ class _Training:
                 grad_norm = parts.student.gradient_norm()
                 guards.refuse_non_finite(result, grad_norm, rollouts, tokenizer, step)
                 update = parts.student.update(step, grad_norm)
-                parts.update_engines(done)
                 clock.lap("update")
 
                 metrics = loss_metrics(result, golden, objective) | {"lr": update.lr} | seen.metrics()
@@ -184,8 +194,7 @@ class _Training:
                     self._run.append("rollouts", *rollout_records(step, scored, result.terms, objective, tokenizer))
                 self._observer.on_step(done, config.steps, metrics)
                 if _is_due(done, self._recipe.evaluation.every) and done < config.steps and parts.problems:
-                    name = f"student at step {done}"
-                    self._evaluate(f"{done:06d}", parts.student_engine, name, subset=self._recipe.evaluation.subset)
+                    self._evaluate_student(done, f"student at step {done}", subset=self._recipe.evaluation.subset)
                 if alarm := self._guard.observe(step, metrics):
                     self._heed(alarm)
                 if _is_due(done, self._recipe.checkpoint.every) or done == config.steps or stop.requested:
@@ -226,6 +235,12 @@ class _Training:
         if action == "raise_reference_kl":
             self._reference_kl.raise_()
         self._observer.warn(alarm.text + (". The reference KL is doubled" if action == "raise_reference_kl" else ""))
+
+    def _evaluate_student(self, version: int, name: str, *, subset: int | None = None) -> Summaries:
+        """Of the student as it is now, after `version` optimizer steps."""
+        self._schedule.finish()
+        self._parts.student_engine.update_weights(version=version)
+        return self._evaluate(f"{version:06d}", self._parts.student_engine, name, subset=subset)
 
     def _evaluate(self, place: str, engine: Sampler, name: str, *, subset: int | None = None) -> Summaries:
         """Evaluate, unless an earlier session of this run, or whoever shares its cache, has done so already.
@@ -269,6 +284,7 @@ class _Training:
             "guard": self._guard.state(),
             "reference_kl": self._reference_kl.state(),
             "grad_norms": self._grad_norms.state(),
+            "schedule": self._schedule.state(),
         }
         meta = {"step": step, "seconds": self._seconds(), "logs": self._run.log_sizes()}
         try:
@@ -289,10 +305,14 @@ class _Training:
             return 0
         state, meta = loaded
         self._parts.student.load_state(state["student"])
-        self._parts.update_engines(meta["step"])
         checkpoint.set_random_states(state["random"])
-        stateful = ("guard", self._guard), ("reference_kl", self._reference_kl), ("grad_norms", self._grad_norms)
-        for name, part in stateful:
+        stateful: dict[str, Any] = {
+            "guard": self._guard,
+            "reference_kl": self._reference_kl,
+            "grad_norms": self._grad_norms,
+            "schedule": self._schedule,
+        }
+        for name, part in stateful.items():
             if name in state:  # checkpoints of earlier versions do not know all of them
                 part.load_state(state[name])
         self._run.rewind_logs(meta["logs"])

@@ -121,7 +121,7 @@ class TokenBatch:
         rows: [N], the row of each loss token.
         places: [N], its place in the response, from 0.
         ends: [N] bool, whether a response stopped with it.
-        own_logprobs: [N], the sampler's log-probability of it, where the student itself was the sampler and told; else NaN.
+        own_logprobs: [N], the sampler's log-probability of it, where that was the student as it is now and told; else NaN.
     """
 
     input_ids: Tensor

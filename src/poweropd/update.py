@@ -110,12 +110,13 @@ def accumulate_gradient(
     one more student forward, without gradient, unless the rollouts tell what that would find.
 
     Args:
-        version: optimizer steps that the student has taken; rollouts of older versions do not tell. None: none do.
+        version: optimizer steps that the student has taken; rollouts of older versions are off-policy. None: none is, and
+            none tells.
         watch: is shown every micro-batch.
         keep: of how many rollouts the terms are kept, from the first; None: of all.
     """
     groups = list(_groups(scored, how.tokens, packed=student.packed))
-    batches = [_batch([scored[index] for index in group], student, how) for group in groups]
+    batches = [_batch([scored[index] for index in group], student, how, version) for group in groups]
     num_loss_tokens = sum(batch.num_loss_tokens for batch in batches)
     tell = how.rollouts_tell and all(item.rollout.policy_version == version for item in scored)
     shaped = _shape(student, batches, groups, scored, objective, rollouts_tell=tell)
@@ -179,8 +180,8 @@ def _groups(scored: Sequence[ScoredRollout], tokens: int, *, packed: bool) -> It
             yield [members[place] for place in group]
 
 
-def _batch(scored: Sequence[ScoredRollout], student: Student, how: MicroBatches) -> TokenBatch:
-    batch = collate(scored, masked_end_ids=how.masked_end_ids, masked_ids=how.masked_ids)
+def _batch(scored: Sequence[ScoredRollout], student: Student, how: MicroBatches, version: int | None) -> TokenBatch:
+    batch = collate(scored, masked_end_ids=how.masked_end_ids, masked_ids=how.masked_ids, version=version)
     if how.importance_cap is None:
         batch = replace(batch, inputs=replace(batch.inputs, rollout_logprobs=None))
     return batch.to(student.device)

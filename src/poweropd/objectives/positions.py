@@ -19,7 +19,7 @@ class _Known:
         teacher_entropies: [N] of the teacher's distribution they came after, in nats.
         top_ids, top_logprobs: [N, k], the teacher's likeliest tokens and log p of them, descending.
         top1_ids: [N], the teacher's likeliest token.
-        rollout_logprobs: [N] under the distribution sampled from, where that was not the student; NaN where it was.
+        rollout_logprobs: [N] under the distribution sampled from, where that was not the student as it is now; NaN where it was.
         reference_logprobs: [N] under the frozen initial student.
     """
 

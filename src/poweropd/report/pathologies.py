@@ -257,7 +257,7 @@ def staleness(run: RunData) -> Iterable[Pathology]:
         yield Pathology(
             "Stale rollouts", run.name, step,
             f"Rollouts are {median(row[0] for row in rows):.1f} optimizer steps old when they are trained on.",
-            _tips("fewer steps between updates of the sampler's weights",
+            _tips("a smaller rollout.max_staleness, or fewer steps between updates of the sampler's weights",
                   "" if run.section("rollout").get("importance") == "token" else "rollout.importance: token"), "note",
         )  # fmt: skip
 

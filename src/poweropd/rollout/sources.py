@@ -17,6 +17,8 @@ def off_policy_notes(config: RolloutConfig, objective: Objective) -> list[str]:
     others: list[str] = [source for source in config.sources if source != "student"]
     if config.teacher_mixing:
         others.append(f"student with {config.teacher_mixing:g} of the teacher")
+    if config.max_staleness:
+        others.append(f"a student up to {config.max_staleness} step{'s' if config.max_staleness > 1 else ''} old")
     if not others or objective.row.on_golden_answers:
         return []
     notes = [f"off-policy: the prefixes of {' and '.join(others)} are taken as they are"]
