@@ -126,9 +126,14 @@ class Load:
         return Sampling(stop_ids=(), **self.recipe.sampling.model_dump(exclude={"stop"})).is_plain
 
     @property
+    def overlaps(self) -> bool:
+        """Whether the next steps are sampled while this one trains."""
+        return self.recipe.rollout.max_staleness > 0
+
+    @property
     def has_replica(self) -> bool:
-        """Whether a copy of the student is sampled from, since its own weights are spread or lack their adapters."""
-        return self.decodes_here and (self.shards > 1 or self.recipe.student.lora is not None)
+        """Whether a copy of the student is sampled from: its own weights are spread, lack their adapters, or change."""
+        return self.decodes_here and (self.shards > 1 or self.recipe.student.lora is not None or self.overlaps)
 
     @property
     def vllm(self) -> Any:

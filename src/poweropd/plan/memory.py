@@ -74,18 +74,19 @@ def memory(load: Load) -> Memory:
         ModelError: an architecture that `activations` cannot run.
     """
     objective = load.recipe.objective.build()
-    phases = {
-        "rollout": list(_rollout(load)),
-        **{f"{label(each.name)} scores": list(_scoring(load, each, objective)) for each in load.teachers if each.local},
-    }
+    rollout = list(_rollout(load))
+    phases = {} if load.overlaps else {"rollout": rollout}
+    for each in load.teachers:
+        if each.local:
+            phases[f"{label(each.name)} scores"] = list(_scoring(load, each, objective))
     if objective.needs_of_reference != "nothing":
-        phases["reference scores"] = list(
-            _scores(load, load.student, load.precision, load.recipe.train.tokens_per_micro_batch)
-        )
+        tokens = min(each.tokens_per_batch for each in load.teachers)
+        phases["reference scores"] = list(_scores(load, load.student, load.precision, tokens))
     kept = [*_gradients(load), *_kept_hidden(load, objective)]
     phases["update, heads"] = [*kept, *_heads(load, objective)]
     phases["update, backward"] = [*kept, *_backward(load)]
-    return Memory(load.machine, list(_always(load, objective, freed=max(map(total, phases.values())))), phases)
+    always = list(_always(load, objective, freed=max(map(total, phases.values()))))
+    return Memory(load.machine, [*always, *(rollout if load.overlaps else [])], phases)
 
 
 def _always(load: Load, objective: Objective, *, freed: float) -> Iterator[Line]:
