@@ -130,9 +130,9 @@ def _rollout(load: Load) -> Iterator[Line]:
         return
     student, size, rows = load.student, load.precision.itemsize, load.rows
     if size < FP32 and not load.has_replica:
-        yield Line("copies of weights", size * (student.products + student.head), "in the precision of decoding")
-    elif load.machine.device == "cpu" and student.products <= COPIED_WEIGHTS:
-        yield Line("copies of weights", size * student.products, "side by side, which small matrices like")
+        yield Line("copies of weights", size * (student.in_layers + student.head), "in the precision of decoding")
+    elif load.machine.device == "cpu" and student.in_layers <= COPIED_WEIGHTS:
+        yield Line("copies of weights", size * student.in_layers, "side by side, which small matrices like")
     models = [("keys and values", student)]
     if load.recipe.rollout.teacher_mixing or "teacher" in load.recipe.rollout.sources:
         models += [(f"keys and values, {label(each.name)}", each.shape) for each in load.teachers]
