@@ -95,15 +95,17 @@ def _of_teachers(load: Load) -> Iterator[Change]:
     recipe = load.recipe
     keys = ["teacher"] if recipe.teacher is not None else [f"teachers.{name}" for name in recipe.teachers]
     local = [key for key, each in zip(keys, load.teachers, strict=True) if each.local]
+    on_gpu = load.machine.device == "cuda"
     ways = (
-        (("quantization=8bit",), "scores that are rounded"),
-        (("quantization=4bit",), "scores that are rounded more"),
-        (("offload=true",), "its weights over PCIe for every batch"),
-        (("engine=served", "url=http://TEACHER:8100"), "another machine with `poweropd serve-teacher`"),
+        (load.gpus > 1, ("sharding=fsdp",), "its layers are gathered for every batch"),
+        (on_gpu, ("quantization=8bit",), "scores that are rounded"),
+        (on_gpu, ("quantization=4bit",), "scores that are rounded more"),
+        (on_gpu, ("offload=true",), "its weights over PCIe for every batch"),
+        (True, ("engine=served", "url=http://TEACHER:8100"), "another machine with `poweropd serve-teacher`"),
     )
-    for settings, cost in ways:
+    for possible, settings, cost in ways:
         exist = all(setting.partition("=")[0] in TeacherConfig.model_fields for setting in settings)
-        if local and exist and (load.machine.device == "cuda" or "engine=served" in settings):
+        if local and exist and possible:
             yield Change(tuple(f"{key}.{setting}" for key in local for setting in settings), load.gpus, cost)
 
 

@@ -120,13 +120,23 @@ def _always(load: Load, objective: Objective, *, freed: float) -> Iterator[Line]
     if objective.needs_of_reference != "nothing":
         size = load.precision.itemsize
         yield Line("reference, weights", size * student.parameters, f"the initial student, {count} of {size} bytes")
-    if load.vllm is not None:
-        share = load.vllm.gpu_memory_utilization
-        yield Line("vLLM", share * load.machine.memory, f"rollout.vllm.gpu_memory_utilization {share:g} of the GPU")
+    if load.vllm is not None and not load.vllm.sleep:
+        yield _vllm(load)
+
+
+def _vllm(load: Load) -> Line:
+    settings, size = load.vllm, load.precision.itemsize
+    if settings.kv_cache_gib is not None:
+        held = GIB * settings.kv_cache_gib + size * load.student.parameters
+        return Line("vLLM", held, f"{settings.kv_cache_gib:g} GiB of keys and values, {size} bytes a weight")
+    share = settings.gpu_memory_utilization
+    return Line("vLLM", share * load.machine.memory, f"gpu_memory_utilization {share:g} of the GPU")
 
 
 def _rollout(load: Load) -> Iterator[Line]:
     if not load.decodes_here:
+        if load.vllm is not None and load.vllm.sleep:
+            yield _vllm(load)
         return
     student, size, rows = load.student, load.precision.itemsize, load.rows
     if size < FP32 and not load.has_replica:
