@@ -6,7 +6,7 @@ from poweropd.config import label
 from poweropd.pair import readable
 from poweropd.plan.advice import Advice
 from poweropd.plan.load import Load
-from poweropd.plan.machines import GIB, MACHINES, Machine
+from poweropd.plan.machines import GB, GIB, MACHINES, TERA, Machine
 from poweropd.plan.memory import Memory, total
 from poweropd.plan.timing import COMPUTE, Phase, seconds
 
@@ -39,9 +39,11 @@ def memory_lines(memory: Memory) -> Iterator[str]:
 def time_lines(phases: Sequence[Phase]) -> Iterator[str]:
     """The same of time."""
     whole = seconds(phases)
-    rows = [("time of a step", "s", "share", "because")]
-    rows += [(each.name, f"{each.seconds:.3g}", f"{each.seconds / whole:.0%}", each.why) for each in phases]
-    rows.append(("step", f"{whole:.3g}", "100%", "one phase after the other"))
+    rows: list[tuple[str, ...]] = [("time of a step", "s", "share", "TFLOP", "GB", "because")]
+    for each in phases:
+        work = (f"{amount:,.1f}" if amount else "" for amount in (each.flops / TERA, each.bytes / GB))
+        rows.append((each.name, f"{each.seconds:.3g}", f"{each.seconds / whole:.0%}", *work, each.why))
+    rows.append(("step", f"{whole:.3g}", "100%", "", "", "one phase after the other"))
     return _columns(rows)
 
 

@@ -17,6 +17,7 @@ DECODING = 0.60  # of bandwidth, token by token
 LINK = 0.70  # of the link
 KERNELS, LATENCY = 15, 3e-6  # of a layer in a decode step, and seconds that each takes at least on a GPU
 FP32_RATE = 1 / 16  # of the bf16 rate of a GPU, for fp32 products without tensor cores
+AT_RATE = f" at {COMPUTE:.0%} of FLOP/s"
 NODE, NETWORK = 8, 50 * GB  # GPUs of a machine; bytes a second of each GPU between machines (400 Gbit/s)
 PCIE = 32 * GB  # bytes a second between a GPU and main memory, PCIe 4.0 x16
 ADAMW = 7 * FP32  # bytes a parameter: weight, gradient and moments read, all but the gradient written
@@ -59,10 +60,7 @@ def _rollout(load: Load) -> Iterator[Phase]:
     step = max((weights + cache) / (load.machine.bandwidth * DECODING), flops / _rate(load, load.precision)) + launches
     prompts = student.body_flops(load.sequences * load.prompt, load.prompt) / load.recipe.sampling.samples_per_prompt
     taken = (steps * step + prompts / _rate(load, load.precision)) * (1 - golden)
-    why = (
-        f"{steps:,.0f} decode steps of {rows} rows; each reads {weights / GB:.3g} GB of weights and {cache / GB:.3g} GB of keys "
-        f"and values at {DECODING:.0%} of bandwidth"
-    )
+    why = f"{steps:,.0f} decode steps of {rows} rows; each reads {weights / GB:.3g} GB of weights at {DECODING:.0%} of bandwidth"
     yield Phase("rollout", taken, steps * flops + prompts, steps * (weights + cache), why)
 
 
@@ -70,39 +68,30 @@ def _scoring(load: Load) -> Iterator[Phase]:
     objective = load.recipe.objective.build()
     if objective.needs != "nothing":
         for each in load.teachers:
-            flops = _forward(load, each.shape, head=objective.needs != "full")
-            yield Phase(f"{label(each.name)} scores", *_products(load, each, flops))
+            yield _scores(load, each, head=objective.needs != "full")
     if objective.needs_of_reference != "nothing":
         flops = _forward(load, load.student, head=objective.needs_of_reference != "full")
-        why = f"one forward pass, {_told(load, flops)}"
-        yield Phase("reference scores", flops / _rate(load, load.precision), flops, 0, why)
+        yield Phase("reference scores", flops / _rate(load, load.precision), flops, 0, f"one forward pass{AT_RATE}")
 
 
-def _products(load: Load, teacher: Teacher, flops: float) -> tuple[float, float, float, str]:
+def _scores(load: Load, teacher: Teacher, *, head: bool) -> Phase:
+    flops = _forward(load, teacher.shape, head=head)
     taken, moved = flops / _rate(load, teacher.precision), 0.0
-    why = f"one forward pass, {_told(load, flops)}"
-    if not teacher.local:
-        return taken, flops, moved, f"{why}, on a machine like this one"
+    why = f"one forward pass{AT_RATE}"
     if teacher.offloaded:
         batches, _ = load.batches(teacher.tokens_per_batch)
         moved = batches * teacher.in_layers
-        over = moved / (PCIE * LINK)
-        return (
-            max(taken, over),
-            flops,
-            moved,
-            f"{batches} times its layers over PCIe at {LINK:.0%} of {PCIE / GB:g} GB/s",
-        )
-    return taken, flops, moved, why
+        taken = max(taken, moved / (PCIE * LINK))
+        why += f", or {batches} times its layers at {LINK:.0%} of {PCIE / GB:g} GB/s if that is longer"
+    elif not teacher.local:
+        why += ", on a machine like this one"
+    return Phase(f"{label(teacher.name)} scores", taken, flops, moved, why)
 
 
 def _forward(load: Load, shape: Shape, *, head: bool) -> float:
-    tokens = load.sequences * load.fed
-    return shape.body_flops(tokens, load.fed) + (shape.head_flops(load.responses) if head else 0)
-
-
-def _told(load: Load, flops: float) -> str:
-    return f"{flops / 1e12:.3g} TFLOP at {COMPUTE:.0%} of the rate"
+    """FLOPs of a forward pass over the step; the head looks at response tokens alone."""
+    body = shape.body_flops(load.sequences * load.fed, load.fed)
+    return body + (shape.head_flops(load.responses) if head else 0)
 
 
 def _update(load: Load) -> Phase:
@@ -110,11 +99,12 @@ def _update(load: Load) -> Phase:
     body, head = _forward(load, student, head=False), student.head_flops(load.responses)
     passes = 4 if load.recipe.student.gradient_checkpointing else 3
     flops = passes * body + 3 * head
+    why = f"{passes} forward passes' worth of the body, 3 of the head{AT_RATE}"
     if objective.needs_whole_step and not (objective.shapes_by_logprobs_alone and load.samples_plainly):
         flops += body + head
+        why += ", and one more to see the whole step first"
     if objective.needs == "full":
         flops += sum(each.shape.head_flops(load.responses) for each in load.teachers)
-    why = f"{passes} passes of the body, 3 products of the head; {_told(load, flops)}"
     return Phase("update", flops / _rate(load, load.precision), flops, 0, why)
 
 
