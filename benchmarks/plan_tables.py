@@ -163,7 +163,7 @@ def thousand() -> str:
     work = {name: found[name] for name in PHASES}
     whole = sum(work.values())
     rows = [[name, f"{part:,.0f}", f"{part / whole:.0%}", f"{gpus * part / whole:.0f}"] for name, part in work.items()]
-    rows.append(["all at once, in a pipeline", f"{whole:,.0f}", "100%", f"{gpus:,}, {whole / gpus:.0f} s a step"])
+    rows.append(["all at once", f"{whole:,.0f}", "100%", f"{gpus:,}, {whole / gpus:.0f} s a step"])
     return table(["phase", "GPU-seconds a step", "share", "GPUs of 1,024"], rows)
 
 
