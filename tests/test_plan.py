@@ -30,6 +30,7 @@ from poweropd.cli import app
 from poweropd.config import load_recipe
 from poweropd.errors import ConfigError, ModelError
 from poweropd.packing import enable_packing, packed_hidden_states
+from poweropd.plan import show
 from poweropd.plan.activations import activations
 from poweropd.plan.advice import advise
 from poweropd.plan.load import Load
@@ -103,6 +104,7 @@ def test_of_experts_those_count_that_a_token_is_sent_to() -> None:
     all_sent = shape_of_config(Qwen3MoeConfig(**sizes | {"num_experts_per_tok": 8}), "it")
     assert shape.parameters == all_sent.parameters
     assert all_sent.products - shape.products == 4 * 6 * 3 * 64 * 32  # layers, experts spared, matrices
+    assert activations(shape, 2, 8, torch.bfloat16, train=False).peak > 0  # as a teacher
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
@@ -179,6 +181,36 @@ def test_the_peak_is_what_lies_there_always_and_the_fullest_phase() -> None:
     assert not small.fits  # a run may not take all of it
 
 
+def line(load: Load, name: str) -> float:
+    """Bytes of what is always there under this name; 0 where nothing is."""
+    return sum(each.bytes for each in memory(load).always if each.name == name)
+
+
+def test_what_is_spread_over_gpus_is_divided_and_sent() -> None:
+    alone, together = planned(gpus=4), replace(planned(gpus=4), shards=4)
+    for name in ("student, weights", "student, AdamW"):
+        assert line(together, name) == line(alone, name) / 4
+    assert line(together, "student, copy") == 2 * together.student.parameters  # bf16, to sample from
+    sent = {phase.name: phase.bytes for phase in step_time(together)}["communication"]
+    batches, _ = together.batches(together.recipe.train.tokens_per_micro_batch)
+    assert sent == 0.75 * together.student.parameters * (batches * (2 * 2 + 4) + 2)
+
+
+def test_a_teacher_weighs_what_lies_on_the_gpu() -> None:
+    load = planned()
+    (here,) = load.teachers
+
+    def weight(**change: Any) -> float:
+        return line(replace(load, teachers=(replace(here, **change),)), "teacher, weights")
+
+    layers, rest = here.shape.in_layers, here.shape.parameters - here.shape.in_layers
+    assert weight() == 2 * (layers + rest)
+    assert weight(layer_bytes=0.5) == 0.5 * layers + 2 * rest
+    assert weight(offloaded=True) == 2 * rest
+    assert weight(local=False) == 0
+    assert weight(shards=8) == (layers + rest) / 4
+
+
 def advised(gib: float, sets: Sequence[str] = ()) -> Any:
     """Advice for a GPU of so much memory."""
     gpu = replace(machine("h100"), memory=gib * GIB)
@@ -207,6 +239,15 @@ def test_advice_is_the_cheapest_that_fits_and_none_of_it_can_be_left_out() -> No
 def test_where_nothing_helps_the_advice_says_so() -> None:
     advice, _ = advised(0.5, ["train.tokens_per_micro_batch=200"])
     assert not advice.fits
+    assert "no change makes it fit" in " ".join(show.advised(advice, planned(), memory(advice.load), 1.0))
+
+
+def test_rollouts_that_overlap_with_training_have_room_of_their_own() -> None:
+    overlapping = planned(["rollout.max_staleness=1"])
+    names = [each.name for each in memory(overlapping).always]
+    assert "keys and values" in names
+    assert "student, copy" in names
+    assert memory(overlapping).peak > memory(planned()).peak
 
 
 def test_refusals(tmp_path: Path) -> None:

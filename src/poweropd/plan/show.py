@@ -63,12 +63,13 @@ def verdict(memory: Memory) -> str:
 
 def advised(advice: Advice, before: Load, memory: Memory, time: float) -> Iterator[str]:
     """What to change, and the plan after it."""
-    options = " ".join(f"--set '{setting}'" for change in advice.changes for setting in change.sets)
+    options = [f"--set '{setting}'" for change in advice.changes for setting in change.sets]
+    if advice.load.gpus != before.gpus:
+        options.append(f"--gpus {advice.load.gpus}")
     if not advice.fits:
-        yield f"no change makes it fit; with all together it needs {_gib(memory.peak)} GiB: {options}"
+        yield f"no change makes it fit; with all together it needs {_gib(memory.peak)} GiB: {' '.join(options)}"
         return
-    gpus = "" if advice.load.gpus == before.gpus else f" --gpus {advice.load.gpus}"
-    yield f"the cheapest change that fits: {options}{gpus}"
+    yield f"the cheapest change that fits: {' '.join(options)}"
     for change in advice.changes:
         yield f"  {', '.join(change.sets)}: {change.cost}"
     yield f"  then {_gib(memory.peak)} GiB at the peak and {time:.3g} s a step"
@@ -83,7 +84,10 @@ def larger(memory: Memory) -> Machine | None:
 def caution(machine: Machine) -> str:
     """What the figures are worth."""
     if machine.device == "cpu":
-        return "memory is a model that real runs on a CPU keep within 10 %; times are for comparison. docs/scaling.md says more"
+        return (
+            "memory is a model, within 10 % of real runs on a CPU; times take the rates of the machine of docs/performance.md and "
+            "are for comparison. docs/scaling.md says more"
+        )
     return (
         f"memory and time are models, not yet measured on a GPU; times assume {COMPUTE:.0%} of the stated FLOP/s and are for "
         "comparison. docs/scaling.md says more"
