@@ -77,8 +77,5 @@ def machine(name: str) -> Machine:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return Machine(CPU, memory, 18 * GB, 0.25 * TERA, 1 * GB, device="cpu")
     if name not in MACHINES:
-        known = [*MACHINES, CPU]
-        raise ConfigError(
-            f"--gpu: no figures of {name!r}; {nearest(name.lower(), known)} Choose among {', '.join(known)}"
-        )
+        raise ConfigError(f"--gpu: no figures of {name!r}; {nearest(name.lower(), [*MACHINES, CPU])}")
     return MACHINES[name]
