@@ -18,6 +18,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -83,6 +84,18 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
         return AutoTokenizer.from_pretrained(resolve(name), revision=revision)
     except UNREADABLE as error:
         raise _unreadable("tokenizer", name, error) from error
+
+
+def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
+    """The config of a local folder or Hub id, which is all that is read.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    try:
+        return AutoConfig.from_pretrained(resolve(name), revision=revision)
+    except UNREADABLE as error:
+        raise _unreadable("config", name, error) from error
 
 
 def load_model(
