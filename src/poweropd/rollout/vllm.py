@@ -58,6 +58,11 @@ class VLLMEngine:
         sequences_per_batch: int,
         revision: str | None = None,
     ) -> None:
+        if config.max_model_len is not None and config.max_model_len < longest:
+            raise ConfigError(
+                f"rollout.vllm.max_model_len {config.max_model_len}: prompts with their answers have up to {longest} tokens; "
+                "leave it out, or set it higher"
+            )
         self._weights = weights
         self._requests = requests
         self._sleeps = config.sleep

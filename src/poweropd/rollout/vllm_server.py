@@ -113,7 +113,7 @@ class VLLMServerEngine:
             "sampling_params": self._requests.parameters(prompt, sample, sampling, seed=seed),
         }
         for _ in range(LOADS):
-            versions, ids, logprobs = self._connection.ask_json("POST", "/inference/v1/generate", _parts, question)
+            versions, ids, logprobs = self._connection.ask_json("POST", "/inference/v1/generate", answered, question)
             if versions == {self._tag}:
                 return self._requests.rollout(prompt, sample, sampling, ids, logprobs, self._version)
             with self._loading:
@@ -188,7 +188,7 @@ def _whole(answer: Any) -> Any:
     return answer
 
 
-def _parts(answer: dict[str, Any]) -> tuple[set[str], list[int], list[dict[int, float]]]:
+def answered(answer: dict[str, Any]) -> tuple[set[str], list[int], list[dict[int, float]]]:
     """Versions of the weights that an answer was drawn with, its tokens, and the log-probabilities told of each."""
     (choice,) = answer["choices"]
     logprobs = [
