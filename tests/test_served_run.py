@@ -17,15 +17,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from conftest import RECIPE, make_model
+from conftest import RECIPE, make_model, make_rollouts
 from poweropd.assembly import assemble
 from poweropd.cli import app
 from poweropd.config import load_recipe, parse_recipe
 from poweropd.errors import ConfigError, ModelError
-from poweropd.models import layers_apart, load_model, load_outline, resolve
+from poweropd.models import layers_apart, load_model, load_outline, resolve, weights_fingerprint
 from poweropd.teacher.cache import CachedTeacher
 from poweropd.teacher.client import ServedTeacher
 from poweropd.teacher.ensemble import MixtureTeacher
+from poweropd.teacher.hf import HFTeacher
 from poweropd.teacher.server import TeacherServer
 from serving import serving
 
@@ -251,6 +252,24 @@ def test_all_but_the_layers_stay_on_the_gpu() -> None:
         "model.rotary_emb": gpu,
         "lm_head": gpu,
     }
+
+
+def test_layers_that_lie_elsewhere_change_neither_scores_nor_fingerprint(tmp_path: Path) -> None:
+    """On the disk, since without a GPU all is in main memory."""
+    whole = teacher_model()
+    places = layers_apart(whole, torch.device("cuda"))
+    places = {name: "disk" if place == "cpu" else "cpu" for name, place in places.items()}
+    apart = AutoModelForCausalLM.from_pretrained(
+        resolve("quickstart:teacher"), dtype=torch.float32, device_map=places, offload_folder=tmp_path
+    ).eval()
+    assert {name for name, weight in apart.named_parameters() if weight.is_meta} == {
+        name for name, _ in whole.named_parameters() if ".layers." in name
+    }
+    assert weights_fingerprint(apart) == weights_fingerprint(whole)
+    rollouts = make_rollouts([(3, 5), (9, 20)])
+    found, expected = (HFTeacher(model, vocab_size=512).score(rollouts, needs="sampled") for model in (apart, whole))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.logprobs, other.logprobs)
 
 
 def start(*arguments: str, **environment: str) -> subprocess.Popen:

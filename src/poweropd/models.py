@@ -204,7 +204,12 @@ def _check_complete(name: str) -> None:
 def weights_fingerprint(model: PreTrainedModel) -> str:
     """A hash of every weight: models that differ anywhere differ in it. About a second a GB."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in model.state_dict().items():
+    weights = model.state_dict()
+    if any(tensor.is_meta for tensor in weights.values()):  # its layers are in main memory
+        from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+        weights |= get_state_dict_offloaded_model(model)
+    for name, tensor in weights.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
