@@ -105,6 +105,22 @@ def test_without_its_teacher_a_run_stops_and_goes_on_later(setting: str, tmp_pat
     assert same_bits(out, tmp_path / "undisturbed")
 
 
+def test_a_run_does_not_go_on_with_another_teacher(tmp_path: Path) -> None:
+    with serving(teacher_model()) as server:
+        path = recipe(tmp_path, server.url)
+        assert invoke("train", str(path), "--out", str(tmp_path / "run"), *SETS, "--set", "train.steps=1")[0] == 0
+        port = server.server_address[1]
+    tuned = teacher_model()
+    with torch.no_grad():
+        tuned.model.norm.weight *= 1.1
+    with serving(tuned, port=port):
+        code, output = invoke("train", "--resume", "--out", str(tmp_path / "run"), "--set", "train.steps=2")
+    assert code == 1
+    assert re.search(
+        r"error: teacher has other weights \(\w+\) than before this run stopped \(\w+\); serve the same", output
+    )
+
+
 def test_before_the_first_step_there_is_nothing_to_save(tmp_path: Path) -> None:
     with serving(teacher_model()) as server:
         path = recipe(tmp_path, server.url, deadline_s=0.5)
