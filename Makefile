@@ -5,6 +5,7 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
+VERL := .venv-verl
 INSTALL := python -m pip install --quiet --disable-pip-version-check
 PIP = $(BIN)/$(INSTALL) --constraint constraints.txt
 # Tests spend their time in processes of one thread each, so a second core nearly halves it.
@@ -12,7 +13,7 @@ PARALLEL = --numprocesses auto --maxprocesses 4 --dist worksteal
 # One busy core beside ours makes OpenMP's default spinning many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: quickstart test test-all test-trl lint docs benchmark clean
+.PHONY: quickstart test test-all test-trl test-verl lint docs benchmark clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/poweropd quickstart
@@ -20,12 +21,16 @@ quickstart: $(VENV)/.installed
 test: lint
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
-test-all: lint test-trl
+test-all: lint test-trl test-verl
 	$(BIN)/python -m pytest $(PARALLEL)
 
 # Inside the real TRL, which lives in an environment of its own.
 test-trl: $(PEERS)/.tested
 	$(PEERS)/bin/python -m pytest tests/integrations
+
+# Inside the real verl, which takes no transformers that is as new as TRL's.
+test-verl: $(VERL)/.installed
+	$(VERL)/bin/python -m pytest tests/integrations
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .
@@ -55,10 +60,12 @@ docs: $(VENV)/.installed
 benchmark: $(VENV)/.installed $(PEERS)/.installed
 	$(BIN)/python benchmarks/run.py $(if $(FULL),--full)
 
+SAME_TORCH = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) \
+	torch==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))')
+
 $(PEERS)/.installed: benchmarks/peers/constraints.txt $(VENV)/.installed
 	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/$(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) \
-		torch==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))')
+	$(PEERS)/bin/$(INSTALL) $(SAME_TORCH)
 	$(PEERS)/bin/$(INSTALL) --constraint benchmarks/peers/constraints.txt trl
 	touch $@
 
@@ -66,5 +73,11 @@ $(PEERS)/.tested: $(PEERS)/.installed
 	$(PEERS)/bin/$(INSTALL) --constraint benchmarks/peers/constraints.txt --editable . pytest pytest-timeout
 	touch $@
 
+$(VERL)/.installed: tests/integrations/verl-constraints.txt $(VENV)/.installed
+	$(PYTHON) -m venv $(VERL)
+	$(VERL)/bin/$(INSTALL) $(SAME_TORCH)
+	$(VERL)/bin/$(INSTALL) --constraint tests/integrations/verl-constraints.txt --editable '.[verl]' pytest pytest-timeout
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(PEERS)
+	rm -rf $(VENV) $(PEERS) $(VERL)
