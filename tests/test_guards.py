@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from conftest import RECIPE, make_model, make_rollouts
 from poweropd import checkpoint, guards
 from poweropd.config import load_recipe
-from poweropd.errors import CollapseError, ConfigError, NonFiniteError
+from poweropd.errors import CollapseError, ConfigError, NonFiniteError, RolloutError
 from poweropd.objectives import build
 from poweropd.policy import Student
 from poweropd.runlog import status_of
@@ -70,8 +70,16 @@ def test_an_overflow_of_the_backward_pass_is_told_apart(
 
 
 def test_a_sampler_that_is_not_the_student_is_noticed() -> None:
-    assert guards.mismatch_warning({"rollout/mismatch": 1e-5}) is None
-    assert "disagree" in str(guards.mismatch_warning({"rollout/mismatch": 0.4}))
+    def told(mismatch: float, step: int, *, own_weights: bool = False, first: bool = False) -> str | None:
+        return guards.mismatch_warning({"rollout/mismatch": mismatch}, step, own_weights=own_weights, first=first)
+
+    assert told(1e-5, 0) is None
+    assert "disagree" in str(told(0.4, 0, first=True))
+    assert told(0.4, 7) is None
+    assert told(1e-5, 7, own_weights=True, first=True) is None
+    assert "step 7: rollout/mismatch is 0.4 nats" in str(told(0.4, 7, own_weights=True))
+    with pytest.raises(RolloutError, match="disagree about the student"):
+        told(0.4, 7, own_weights=True, first=True)
 
 
 def alarms(shares: list[float], **settings: object) -> list[int]:

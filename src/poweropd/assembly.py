@@ -21,6 +21,9 @@ from poweropd.rollout.golden import GoldenEngine
 from poweropd.rollout.hf import HFEngine
 from poweropd.rollout.replica import Replica
 from poweropd.rollout.sources import RoutedEngine, SourceEngine
+from poweropd.rollout.vllm_requests import check_sampling
+from poweropd.rollout.vllm_weights import tied_names
+from poweropd.samplers import vllm_sampler
 from poweropd.sections import DataConfig
 from poweropd.teacher.hf import HFTeacher
 from poweropd.teacher.scorer import TeacherScorer, check_serves
@@ -72,9 +75,14 @@ def assemble(recipe: Recipe) -> Parts:
         stop_ids=pair.end_tokens.stop_ids + _single_ids(recipe.sampling.stop, pair.tokenizer, "sampling.stop"),
         **recipe.sampling.model_dump(exclude={"stop"}),
     )
+    asking = _asking(recipe, sampling)
+    if recipe.rollout.engine == "vllm":
+        check_sampling(sampling, "sampling")
+        check_sampling(asking.sampling, "evaluation")
     prompts, problems = load_data(recipe, pair, sampling)
+    tied = tied_names(pair.student)
     apart = recipe.student.lora or recipe.rollout.max_staleness
-    twin = Replica(pair.student, pair.precision) if apart else None
+    twin = Replica(pair.student, pair.precision) if apart and recipe.rollout.engine == "hf" else None
     student = Student(
         pair.student,
         pair.tokenizer,
@@ -95,7 +103,11 @@ def assemble(recipe: Recipe) -> Parts:
         _Sampled(pair.student, None) if twin is None else _Sampled(twin.model, partial(twin.update, student.weights))
     )
     teacher_engines = _engines(recipe, pair, samples, 1.0, "teacher")
-    student_engine = _sampler(samples, [], recipe, pair, "student")
+    if rollout.engine == "vllm":
+        longest = _longest(prompts, sampling, problems, asking)
+        student_engine: Sampler = vllm_sampler(recipe, pair, student.weights, tied, longest=longest)
+    else:
+        student_engine = _sampler(samples, [], recipe, pair, "student")
     engines: dict[Source, RolloutEngine] = {
         "student": student_engine,
         "golden": GoldenEngine(),
@@ -119,12 +131,12 @@ def assemble(recipe: Recipe) -> Parts:
             masked_end_ids=pair.end_tokens.masked_ids,
             masked_ids=_single_ids(recipe.objective.masked_tokens, pair.tokenizer, "objective.masked_tokens"),
             importance_cap=rollout.importance_cap if rollout.importance == "token" else None,
-            rollouts_tell=sampling.is_plain,  # the engines compute in the student's precision
+            rollouts_tell=sampling.is_plain and rollout.engine == "hf",  # it computes in the student's precision
         ),
         stream=PromptStream(prompts, seed=recipe.train.seed),
         sampling=sampling,
         problems=problems,
-        asking=_asking(recipe, sampling),
+        asking=asking,
         data_fingerprint=fingerprint(prompts),
     )
 
@@ -187,6 +199,12 @@ def _asking(recipe: Recipe, sampling: Sampling) -> Asking:
         seed=asked.seed,
         problems_per_call=max(1, recipe.rollout.sequences_per_batch // asked.samples),
     )
+
+
+def _longest(prompts: Sequence[Prompt], sampling: Sampling, problems: Sequence[Problems], asking: Asking) -> int:
+    """Tokens of the longest prompt with its longest answer, in training and evaluation."""
+    asked = [(prompts, sampling), *((each.prompts, asking.sampling) for each in problems)]
+    return max(len(prompt.prompt_ids) + how.max_new_tokens for each, how in asked for prompt in each)
 
 
 def load_data(recipe: Recipe, pair: ModelPair, sampling: Sampling) -> tuple[list[Prompt], list[Problems]]:

@@ -27,3 +27,7 @@ class CollapseError(UserError):
 
 class TeacherError(UserError):
     """A teacher on another machine does not answer, refuses, or answers what cannot be trained on."""
+
+
+class RolloutError(UserError):
+    """An engine that samples does not answer, refuses, or does not sample from the student as it is."""

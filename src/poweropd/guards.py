@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from poweropd.errors import NonFiniteError
+from poweropd.errors import NonFiniteError, RolloutError
 from poweropd.sections import GuardConfig
 from poweropd.types import Rollout
 from poweropd.update import GradientResult
@@ -45,15 +45,26 @@ def refuse_non_finite(
     )
 
 
-def mismatch_warning(metrics: Mapping[str, float]) -> str | None:
-    """A warning when the trainer's log-probabilities are not those the rollouts were drawn with."""
+def mismatch_warning(metrics: Mapping[str, float], step: int, *, own_weights: bool, first: bool) -> str | None:
+    """A warning when the trainer's log-probabilities are not those the rollouts were drawn with.
+
+    Args:
+        own_weights: whether the sampler has weights of its own, whose every update may fail; else step 0 tells.
+        first: whether this is the first step of a session; a sampler with its own weights must begin right.
+
+    Raises:
+        RolloutError: it does not.
+    """
     mismatch = metrics.get("rollout/mismatch", 0.0)
-    if mismatch <= MISMATCH_ALARM:
+    if not mismatch > MISMATCH_ALARM or (step and not own_weights):
         return None
-    return (
-        f"rollout/mismatch is {mismatch:.3g} nats a token: the sampler and the trainer disagree about the student. "
-        "Check precision, and that the weights were synchronised"
+    warning = (
+        f"step {step}: rollout/mismatch is {mismatch:.3g} nats a token: the sampler and the trainer disagree about the "
+        "student. Check precision, and that the weights were synchronised"
     )
+    if own_weights and first:
+        raise RolloutError(f"{warning}. Nothing of this step is kept")
+    return warning
 
 
 @dataclass(frozen=True)

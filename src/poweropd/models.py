@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.resources import files
 from importlib.util import find_spec
@@ -201,18 +201,23 @@ def _check_complete(name: str) -> None:
 
 
 @torch.no_grad()
-def weights_fingerprint(model: PreTrainedModel) -> str:
-    """A hash of every weight: models that differ anywhere differ in it. About a second a GB."""
+def weights_fingerprint(weights: PreTrainedModel | Iterable[tuple[str, Tensor]]) -> str:
+    """A hash of every weight of a model, or of those given by name: what differs anywhere differs in it. About a second a
+    GB."""
     digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in _all_weights(weights).items() if isinstance(weights, PreTrainedModel) else weights:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _all_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     weights = model.state_dict()
-    if any(tensor.is_meta for tensor in weights.values()):  # its layers are in main memory
+    if any(tensor.is_meta for tensor in weights.values()):  # they lie in main memory, layer by layer
         from accelerate.utils.modeling import get_state_dict_offloaded_model
 
         weights |= get_state_dict_offloaded_model(model)
-    for name, tensor in weights.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return weights
 
 
 def lm_head(model: PreTrainedModel, *, vocab_size: int, end_ids: tuple[int, ...] = ()) -> LMHead:

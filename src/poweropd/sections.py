@@ -175,9 +175,63 @@ class SamplingConfig(Section):
     """Further tokens that end a response, beside the end tokens of student and teacher."""
 
 
+class VLLMConfig(Section):
+    """vLLM, in this process or as a server, where `rollout.engine` is `vllm`."""
+
+    max_model_len: Positive | None = None
+    """Longest prompt with its answer; null: what data and sampling need."""
+    gpu_memory_utilization: Share = 0.4
+    """Share of a GPU's memory that vLLM takes, weights included; of main memory on a CPU. The trainer needs the rest."""
+    kv_cache_gib: Annotated[float, Field(gt=0)] | None = None
+    """GiB of keys and values, in the place of `gpu_memory_utilization`."""
+    tensor_parallel_size: Positive = 1
+    """GPUs that the student is split over."""
+    enforce_eager: bool = False
+    """Do without CUDA graphs and compilation: starts sooner, samples slower."""
+    sleep: bool = False
+    """Give the GPU memory back while the student is trained; the weights wait in main memory."""
+    url: str | None = None
+    """A vLLM server that samples in the place of this process, such as `http://10.0.0.2:8000`; the settings above are then
+    those it was started with."""
+    token_env: str | None = None
+    """The environment variable that holds the server's `--api-key`."""
+    weights_folder: str | None = None
+    """Folder through which the server gets the student's weights, seen under this name on both machines; null: a temporary
+    one, for a server on this machine."""
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Longest silence of the server, in seconds, before a request is repeated; an answer comes as a whole."""
+    deadline_s: Annotated[float, Field(gt=0)] = 1800.0
+    """Longest time a request may take with all its repetitions, in seconds; then the run stops."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        remote = ("token_env", "weights_folder", "timeout_s", "deadline_s")
+        local = (
+            "gpu_memory_utilization",
+            "kv_cache_gib",
+            "tensor_parallel_size",
+            "enforce_eager",
+            "sleep",
+            "max_model_len",
+        )
+        useless = local if self.url else remote
+        for name in useless:
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                where = (
+                    "is for vLLM in this process, and there is a url"
+                    if self.url
+                    else "is for a server, and there is no url"
+                )
+                raise ValueError(f"vllm.{name} {value} {where}; leave out one of the two")
+        return self
+
+
 class RolloutConfig(Section):
-    engine: Literal["hf"] = "hf"
-    """What runs the models that sample: `hf`, transformers in this process."""
+    engine: Literal["hf", "vllm"] = "hf"
+    """What samples from the student: `hf`, transformers in this process; `vllm`, see `vllm`. The teacher always samples by
+    `hf`."""
+    vllm: VLLMConfig = VLLMConfig()
+    """Of engine `vllm`."""
     sequences_per_batch: Positive = 64
     """Sequences decoded together."""
     sources: dict[Literal["student", "teacher", "golden"], Share] = {"student": 1.0}
@@ -201,6 +255,20 @@ class RolloutConfig(Section):
         advice = "give every prompt a source, for example {student: 0.5, golden: 0.5}"
         check_sum("the probabilities", sources, advice)
         return sources
+
+    @model_validator(mode="after")
+    def _vllm_samples_from_the_student_alone(self) -> Self:
+        if self.engine == "hf":
+            if self.vllm != VLLMConfig():
+                raise ValueError(
+                    "rollout.vllm does nothing while rollout.engine is hf; set engine: vllm, or leave it out"
+                )
+        elif self.teacher_mixing > 0 or "student" not in self.sources:
+            raise ValueError(
+                f"rollout.engine vllm samples from the student alone, got sources {flow(self.sources)} and teacher_mixing "
+                f"{self.teacher_mixing:g}; give student a share and set teacher_mixing: 0, or engine: hf"
+            )
+        return self
 
     @model_validator(mode="after")
     def _mixing_has_a_student(self) -> Self:

@@ -10,7 +10,7 @@ from poweropd import checkpoint, cpu, guards
 from poweropd.assembly import assemble
 from poweropd.config import Recipe, label, load_recipe
 from poweropd.diagnostics import Clock, GradNorms, loss_metrics, rollout_metrics, rollout_records
-from poweropd.errors import CollapseError, NonFiniteError, RunError, TeacherError
+from poweropd.errors import CollapseError, NonFiniteError, RolloutError, RunError, TeacherError, UserError
 from poweropd.evaluation.grading import Grader
 from poweropd.evaluation.runner import evaluate
 from poweropd.evaluation.summary import Summaries, results
@@ -164,14 +164,17 @@ class _Training:
                 done = step + 1
                 clock = Clock(device)
                 prompts = parts.stream.take(step, config.prompts_per_step)
-                rollouts = self._schedule.take(step)
+                try:
+                    rollouts = self._schedule.take(step)
+                except RolloutError as error:
+                    raise self._without_server(step, error) from error
                 clock.lap("rollout")
                 objective = self._objective_at(step)
                 try:
                     scored = judge(rollouts, objective, parts.teacher, parts.reference)
                 except TeacherError as error:
                     self._schedule.put_back(step, rollouts)
-                    raise self._without_teacher(step, error) from error
+                    raise self._without_server(step, error) from error
                 clock.lap("teacher")
                 in_detail = step % log.rollouts_every == 0 or done == config.steps
                 seen = StepStatistics(
@@ -193,7 +196,8 @@ class _Training:
                 self._reference_kl.observe(metrics.get("reference_kl/mean", 0.0))
                 self._run.append("metrics", {"step": step, **metrics})
                 self._trackers.log(done, metrics)
-                if step == 0 and (warning := guards.mismatch_warning(metrics)):
+                own_weights = self._recipe.rollout.engine != "hf"
+                if warning := guards.mismatch_warning(metrics, step, own_weights=own_weights, first=step == start):
                     self._observer.warn(warning)
                 if in_detail:
                     self._run.append("positions", *seen.position_records(step))
@@ -243,12 +247,12 @@ class _Training:
             self._reference_kl.raise_()
         self._observer.warn(alarm.text + (". The reference KL is doubled" if action == "raise_reference_kl" else ""))
 
-    def _without_teacher(self, done: int, error: TeacherError) -> TeacherError:
-        """Save what the finished steps have made; nothing of the step that was not judged is in the student."""
+    def _without_server(self, done: int, error: TeacherError | RolloutError) -> UserError:
+        """Save what the finished steps have made; nothing of the step that was not sampled or judged is in the student."""
         if done and checkpoint.newest_step(self._run.path / CHECKPOINTS) != done:
             self._checkpoint(done)
         kept = f"the checkpoint of step {done} is kept" if done else "no step was finished"
-        return TeacherError(f"{error}; {kept}, go on with --resume")
+        return type(error)(f"{error}; {kept}, go on with --resume")
 
     def _evaluate_student(self, version: int, name: str, *, subset: int | None = None) -> Summaries:
         """Of the student as it is now, after `version` optimizer steps."""

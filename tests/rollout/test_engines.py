@@ -91,7 +91,9 @@ def test_contract(engine: RolloutEngine) -> None:
         assert rollout.finish_reason == ("stop" if ended else "length")
         assert ended or len(rollout) == SAMPLING.max_new_tokens
         assert not set(rollout.response_ids[:-1]) & set(SAMPLING.stop_ids)
-    assert engine.generate(prompts, SAMPLING, seed=5) == rollouts
+    for again, rollout in zip(engine.generate(prompts, SAMPLING, seed=5), rollouts, strict=True):
+        assert replace(again, rollout_logprobs=()) == replace(rollout, rollout_logprobs=())
+        assert again.rollout_logprobs == pytest.approx(rollout.rollout_logprobs, abs=1e-5)
     engine.update_weights(version=7)
     if not isinstance(engine, GoldenEngine):
         assert engine.generate(prompts[:1], SAMPLING, seed=5)[0].policy_version == 7

@@ -16,14 +16,19 @@ from poweropd.types import Prompt
 LOOKED_AT = 256  # likeliest tokens among which a truncation is sought first
 
 
-def uniforms(prompt: Prompt, sample: int | str, *, seed: int, count: int) -> Tensor:
-    """`[count]` uniform numbers in [0, 1), float64: a pure function of its arguments.
+def draw_key(prompt: Prompt, sample: int | str, *, seed: int) -> int:
+    """128 bits that decide a draw: a pure function of its arguments.
 
     Args:
-        sample: which of the prompt's samples they draw, or the name of something else that is drawn for the prompt.
+        sample: which of the prompt's samples is drawn, or the name of something else that is drawn for the prompt.
     """
     digest = hashlib.blake2b(f"{seed}/{prompt.id}/{sample}".encode(), digest_size=16).digest()
-    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+    return int.from_bytes(digest, "little")
+
+
+def uniforms(prompt: Prompt, sample: int | str, *, seed: int, count: int) -> Tensor:
+    """`[count]` uniform numbers in [0, 1), float64: a pure function of its arguments; see `draw_key`."""
+    generator = np.random.Generator(np.random.Philox(key=draw_key(prompt, sample, seed=seed)))
     return torch.from_numpy(generator.random(count))
 
 

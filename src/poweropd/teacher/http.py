@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
 from random import Random
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 from urllib.parse import urlsplit
 
-from poweropd.errors import ConfigError, TeacherError
+from poweropd.errors import ConfigError, TeacherError, UserError
 
 Answer = TypeVar("Answer")
 
@@ -37,7 +37,7 @@ def token_from(variable: str | None, setting: str) -> str | None:
     token = os.environ.get(variable, "")
     if not token or not token.isascii() or not token.isprintable() or " " in token:
         wrong = "is not set" if not token else "holds spaces or other than printable ASCII characters"
-        raise ConfigError(f"{setting}: the environment variable {variable} {wrong}; put the teacher's token into it")
+        raise ConfigError(f"{setting}: the environment variable {variable} {wrong}; put the server's token into it")
     return token
 
 
@@ -45,6 +45,9 @@ class Connection:
     """A connection to one server, kept open between requests; for one thread at a time.
 
     Connections that break, silence, 5xx and damaged answers are tried again, with exponential backoff and jitter.
+
+    Attributes:
+        peer, section, error: what messages call the server and the recipe's section that speaks of it, and what is raised.
 
     Args:
         url: `http://host:port` or `https://host:port`, with or without a path before those of the requests.
@@ -55,6 +58,10 @@ class Connection:
     Raises:
         ConfigError: it is no such URL.
     """
+
+    peer: ClassVar[str] = "the teacher"
+    section: ClassVar[str] = "teacher"
+    error: ClassVar[type[UserError]] = TeacherError
 
     def __init__(self, url: str, *, token: str | None = None, timeout_s: float, deadline_s: float) -> None:
         self.url = url.rstrip("/")
@@ -83,7 +90,7 @@ class Connection:
         """What `read` makes of the answer's body; it raises `UnusableAnswerError` for one that is to be asked for again.
 
         Raises:
-            TeacherError: the server refuses (4xx), or the deadline has passed without an answer.
+            TeacherError, or `error`: the server refuses (4xx), or the deadline has passed without an answer.
         """
         started, pause, attempts = time.monotonic(), FIRST_PAUSE, 0
         while True:
@@ -91,14 +98,14 @@ class Connection:
             try:
                 return read(self._attempt(method, path, body, headers or {}, started + self._deadline_s))
             except ssl.SSLCertVerificationError as error:
-                raise TeacherError(f"the certificate of {self.url} is not trusted: {error.verify_message}") from None
+                raise self.error(f"the certificate of {self.url} is not trusted: {error.verify_message}") from None
             except (OSError, HTTPException, UnusableAnswerError) as error:
                 self.close()
                 reason = _reason(error)
             passed, wait = time.monotonic() - started, pause * self._random.uniform(0.5, 1.0)
             if passed + wait > self._deadline_s:
-                raise TeacherError(
-                    f"the teacher at {self.url} gave no usable answer to {path} in {passed:.0f} s, {attempts} "
+                raise self.error(
+                    f"{self.peer} at {self.url} gave no usable answer to {path} in {passed:.0f} s, {attempts} "
                     f"attempt{'s' if attempts > 1 else ''}, the last: {reason}. Look after it, or raise deadline_s "
                     f"({self._deadline_s:g})"
                 )
@@ -117,21 +124,26 @@ class Connection:
             self._http.request(method, self._prefix + path, body, {**headers, **authorization})
         response = self._http.getresponse()
         found = _read(response, end)
-        if response.status >= 500 or response.status == TOO_MANY_REQUESTS:
-            raise UnusableAnswerError(f"status {response.status} {_first_line(found) or response.reason}")
-        if response.status != 200:
-            self.close()
-            raise TeacherError(self._refusal(response.status, _first_line(found) or response.reason))
-        return found
+        if response.status == 200:
+            return found
+        told = _first_line(found) or response.reason
+        if self._may_pass(response.status, told):
+            raise UnusableAnswerError(f"status {response.status} {told}")
+        self.close()
+        raise self.error(self._refusal(response.status, told))
+
+    def _may_pass(self, status: int, told: str) -> bool:
+        """Whether a request that failed is worth another attempt."""
+        return status >= 500 or status == TOO_MANY_REQUESTS
 
     def _refusal(self, status: int, told: str) -> str:
         advice = {
-            401: "Set teacher.token_env to the environment variable that holds its token",
-            403: "Set teacher.token_env to the environment variable that holds the right token",
-            404: "Check teacher.url and teacher.engine",
+            401: f"Set {self.section}.token_env to the environment variable that holds its token",
+            403: f"Set {self.section}.token_env to the environment variable that holds the right token",
+            404: f"Check {self.section}.url and {self.section}.engine",
             413: "Set a lower teacher.tokens_per_batch",
-        }.get(status, "Check teacher.url and teacher.engine")
-        return f"the teacher at {self.url} refuses: {status} {told.rstrip('.')}. {advice}"
+        }.get(status, f"Check {self.section}.url and {self.section}.engine")
+        return f"{self.peer} at {self.url} refuses: {status} {told.rstrip('.')}. {advice}"
 
 
 def _parts(url: str) -> tuple[str, int, bool, str]:
@@ -142,7 +154,7 @@ def _parts(url: str) -> tuple[str, int, bool, str]:
     except ValueError as error:
         raise ConfigError(f"{url!r} is no URL: {error}; give one such as http://127.0.0.1:8100") from None
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username:
-        raise ConfigError(f"{url!r} is no URL of a teacher; give one such as http://127.0.0.1:8100")
+        raise ConfigError(f"{url!r} is no URL of a server; give one such as http://127.0.0.1:8100")
     secure = parts.scheme == "https"
     return parts.hostname, port or (443 if secure else 80), secure, parts.path
 
