@@ -228,7 +228,7 @@ def test_what_makes_no_sense_is_refused(changes: dict, line: str) -> None:
 def test_a_server_that_is_not_there_and_a_token_that_is_not_set(tmp_path: Path) -> None:
     for settings, told in (
         ({"url": "http://127.0.0.1:9", "deadline_s": 0.2}, "connection refused"),
-        ({"url": "127.0.0.1:8100"}, "'127.0.0.1:8100' is no URL of a teacher; give one such as http://127.0.0.1:8100"),
+        ({"url": "127.0.0.1:8100"}, "'127.0.0.1:8100' is no URL of a server; give one such as http://127.0.0.1:8100"),
         ({"url": "http://127.0.0.1:9", "token_env": "NOT_SET"}, "the environment variable NOT_SET is not set"),
     ):
         path = recipe(tmp_path, **settings)
