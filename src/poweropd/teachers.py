@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from poweropd.config import Recipe, label
+from poweropd.errors import TeacherError
 from poweropd.models import DTYPES, default_device, load_model, weights_fingerprint
 from poweropd.pair import ModelPair, TeacherModel
 from poweropd.sections import TeacherConfig
@@ -144,3 +145,18 @@ def examine_remote(
             findings = examine(name, recipe, pair, teachers[name], sample())
             refuse_unreliable(label(name), findings)
             yield f"{label(name)} at {teacher.url}: {findings}"
+
+
+def served_weights(teachers: Mapping[str, TeacherScorer]) -> dict[str, str]:
+    """Fingerprints of the teachers that tell their own from afar, by name."""
+    return {name: teacher.info.weights for name, teacher in teachers.items() if isinstance(teacher, ServedTeacher)}
+
+
+def refuse_other_weights(teachers: Mapping[str, TeacherScorer], before: Mapping[str, str]) -> None:
+    """Raises TeacherError if a run that goes on would be judged by others than before."""
+    for name, weights in served_weights(teachers).items():
+        if before.get(name, weights) != weights:
+            raise TeacherError(
+                f"{label(name)} has other weights ({weights}) than before this run stopped ({before[name]}); serve the same "
+                "model again, or start a new run"
+            )

@@ -25,7 +25,7 @@ from poweropd.rollout.sources import off_policy_notes
 from poweropd.runlog import CHECKPOINTS, RECIPE, STUDENT, SUMMARY, RunDirectory
 from poweropd.step_statistics import StepStatistics
 from poweropd.teacher.scorer import judge
-from poweropd.teachers import examine_remote
+from poweropd.teachers import examine_remote, refuse_other_weights, served_weights
 from poweropd.trackers import Trackers, require
 from poweropd.types import Prompt, ScoredRollout
 from poweropd.update import GradientResult, accumulate_gradient
@@ -304,7 +304,12 @@ class _Training:
             "grad_norms": self._grad_norms.state(),
             "schedule": self._schedule.state(),
         }
-        meta = {"step": step, "seconds": self._seconds(), "logs": self._run.log_sizes()}
+        meta = {
+            "step": step,
+            "seconds": self._seconds(),
+            "logs": self._run.log_sizes(),
+            "teachers": served_weights(self._parts.teachers),
+        }
         try:
             checkpoint.save(root, step, state, meta, keep=self._recipe.checkpoint.keep)
         except OSError as error:
@@ -322,6 +327,7 @@ class _Training:
             self._run.rewind_logs({})
             return 0
         state, meta = loaded
+        refuse_other_weights(self._parts.teachers, meta.get("teachers", {}))
         self._parts.student.load_state(state["student"])
         checkpoint.set_random_states(state["random"])
         stateful: dict[str, Any] = {

@@ -135,6 +135,11 @@ def test_tied_weights_go_by_all_their_names(model: PreTrainedModel, tmp_path: Pa
         assert torch.equal(weight, found[name].bfloat16())
 
 
+def test_weights_that_cannot_be_written(model: PreTrainedModel, tmp_path: Path) -> None:
+    with pytest.raises(RolloutError, match=f"cannot write the student's weights into {tmp_path}/no for vLLM"):
+        write_weights(lambda: plain_weights(model), tmp_path / "no", torch.float32)
+
+
 def settings(**rollout: object) -> dict:
     models = {"student": {"model": "quickstart:student"}, "teacher": {"model": "quickstart:teacher"}}
     return {**models, "data": {"source": "jsonl", "path": "x"}, "rollout": rollout}
