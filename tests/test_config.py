@@ -39,7 +39,7 @@ def with_values(**sections: object) -> dict:
         (with_values(data={"source": "jsonl", "path": "x", "template": "Solve"}), ["data: template needs {prompt} in it, got 'Solve'"]),
         (with_values(objective={"name": "sft"}), ["objective.name sft trains on golden answers alone: it needs rollout.sources {golden: 1}, got {student: 1}"]),
         (with_values(objective={"name": "sft"}, rollout={"sources": {"student": 0.5, "golden": 0.5}}), ["objective.name sft trains on golden answers alone"]),
-        (with_values(rollout={"engine": "golden"}), ["rollout.engine: input should be 'hf', got 'golden'"]),
+        (with_values(rollout={"engine": "golden"}), ["rollout.engine: input should be 'hf' or 'vllm', got 'golden'"]),
         (with_values(rollout={"sources": {"student": 0.5, "golden": 0.4}}), ["rollout.sources: the probabilities must sum to 1, got {student: 0.5, golden: 0.4}, which sum to 0.9; give"]),
         (with_values(rollout={"sources": {"student": 0.5, "golden": 0.500002}}), ["rollout.sources: the probabilities must sum to 1, got {student: 0.5, golden: 0.500002}, which sum to 1.000002"]),
         (with_values(rollout={"sources": {}}), ["rollout.sources: the probabilities must sum to 1, got {}, which sum to 0"]),

@@ -17,15 +17,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from conftest import RECIPE, make_model
+from conftest import RECIPE, make_model, make_rollouts
 from poweropd.assembly import assemble
 from poweropd.cli import app
 from poweropd.config import load_recipe, parse_recipe
 from poweropd.errors import ConfigError, ModelError
-from poweropd.models import layers_apart, load_model, load_outline, resolve
+from poweropd.models import layers_apart, load_model, load_outline, resolve, weights_fingerprint
 from poweropd.teacher.cache import CachedTeacher
 from poweropd.teacher.client import ServedTeacher
 from poweropd.teacher.ensemble import MixtureTeacher
+from poweropd.teacher.hf import HFTeacher
 from poweropd.teacher.server import TeacherServer
 from serving import serving
 
@@ -102,6 +103,22 @@ def test_without_its_teacher_a_run_stops_and_goes_on_later(setting: str, tmp_pat
         assert code == 0, output
         assert "resumed at step 2" in output
     assert same_bits(out, tmp_path / "undisturbed")
+
+
+def test_a_run_does_not_go_on_with_another_teacher(tmp_path: Path) -> None:
+    with serving(teacher_model()) as server:
+        path = recipe(tmp_path, server.url)
+        assert invoke("train", str(path), "--out", str(tmp_path / "run"), *SETS, "--set", "train.steps=1")[0] == 0
+        port = server.server_address[1]
+    tuned = teacher_model()
+    with torch.no_grad():
+        tuned.model.norm.weight *= 1.1
+    with serving(tuned, port=port):
+        code, output = invoke("train", "--resume", "--out", str(tmp_path / "run"), "--set", "train.steps=2")
+    assert code == 1
+    assert re.search(
+        r"error: teacher has other weights \(\w+\) than before this run stopped \(\w+\); serve the same", output
+    )
 
 
 def test_before_the_first_step_there_is_nothing_to_save(tmp_path: Path) -> None:
@@ -211,7 +228,7 @@ def test_what_makes_no_sense_is_refused(changes: dict, line: str) -> None:
 def test_a_server_that_is_not_there_and_a_token_that_is_not_set(tmp_path: Path) -> None:
     for settings, told in (
         ({"url": "http://127.0.0.1:9", "deadline_s": 0.2}, "connection refused"),
-        ({"url": "127.0.0.1:8100"}, "'127.0.0.1:8100' is no URL of a teacher; give one such as http://127.0.0.1:8100"),
+        ({"url": "127.0.0.1:8100"}, "'127.0.0.1:8100' is no URL of a server; give one such as http://127.0.0.1:8100"),
         ({"url": "http://127.0.0.1:9", "token_env": "NOT_SET"}, "the environment variable NOT_SET is not set"),
     ):
         path = recipe(tmp_path, **settings)
@@ -251,6 +268,24 @@ def test_all_but_the_layers_stay_on_the_gpu() -> None:
         "model.rotary_emb": gpu,
         "lm_head": gpu,
     }
+
+
+def test_layers_that_lie_elsewhere_change_neither_scores_nor_fingerprint(tmp_path: Path) -> None:
+    """On the disk, since without a GPU all is in main memory."""
+    whole = teacher_model()
+    places = layers_apart(whole, torch.device("cuda"))
+    places = {name: "disk" if place == "cpu" else "cpu" for name, place in places.items()}
+    apart = AutoModelForCausalLM.from_pretrained(
+        resolve("quickstart:teacher"), dtype=torch.float32, device_map=places, offload_folder=tmp_path
+    ).eval()
+    assert {name for name, weight in apart.named_parameters() if weight.is_meta} == {
+        name for name, _ in whole.named_parameters() if ".layers." in name
+    }
+    assert weights_fingerprint(apart) == weights_fingerprint(whole)
+    rollouts = make_rollouts([(3, 5), (9, 20)])
+    found, expected = (HFTeacher(model, vocab_size=512).score(rollouts, needs="sampled") for model in (apart, whole))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.logprobs, other.logprobs)
 
 
 def start(*arguments: str, **environment: str) -> subprocess.Popen:

@@ -212,8 +212,9 @@ def _asking(recipe: Recipe, sampling: Sampling, world: World) -> Asking:
 
 def _longest(prompts: Sequence[Prompt], sampling: Sampling, problems: Sequence[Problems], asking: Asking) -> int:
     """Tokens of the longest prompt with its longest answer, in training and evaluation."""
-    asked = [(prompts, sampling), *((each.prompts, asking.sampling) for each in problems)]
-    return max(len(prompt.prompt_ids) + how.max_new_tokens for each, how in asked for prompt in each)
+    asked = [(prompts, max(sampling.max_new_tokens, PROBE_TOKENS))]
+    asked += [(each.prompts, asking.sampling.max_new_tokens) for each in problems]
+    return max(len(prompt.prompt_ids) + budget for each, budget in asked for prompt in each)
 
 
 def load_data(recipe: Recipe, pair: ModelPair, sampling: Sampling) -> tuple[list[Prompt], list[Problems]]:

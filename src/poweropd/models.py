@@ -218,12 +218,19 @@ def weights_fingerprint(weights: PreTrainedModel | Iterable[tuple[str, Tensor]])
     """A hash of every weight of a model, or of those given by name: what differs anywhere differs in it. About a second a
     GB."""
     digest = hashlib.blake2b(digest_size=16)
-    named: Iterable[tuple[str, Tensor]]
-    named = weights.state_dict().items() if isinstance(weights, PreTrainedModel) else weights
-    for name, tensor in named:
+    for name, tensor in _all_weights(weights).items() if isinstance(weights, PreTrainedModel) else weights:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _all_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    weights = model.state_dict()
+    if any(tensor.is_meta for tensor in weights.values()):  # they lie in main memory, layer by layer
+        from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+        weights |= get_state_dict_offloaded_model(model)
+    return weights
 
 
 def lm_head(model: PreTrainedModel, *, vocab_size: int, end_ids: tuple[int, ...] = ()) -> LMHead:

@@ -235,7 +235,7 @@ class VLLMConfig(Section):
                     if self.url
                     else "is for a server, and there is no url"
                 )
-                raise ValueError(f"vllm.{name} {value} {where}; leave out one of the two")
+                raise ValueError(f"{name} {value} {where}; leave out one of the two")
         return self
 
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from poweropd.config import Recipe, label
 from poweropd.distributed import ALONE, World
+from poweropd.errors import TeacherError
 from poweropd.models import DTYPES, default_device, load_model, weights_fingerprint
 from poweropd.pair import ModelPair, TeacherModel
 from poweropd.sections import TeacherConfig
@@ -149,3 +150,23 @@ def examine_remote(
             findings = examine(name, recipe, pair, teachers[name], sample())
             refuse_unreliable(label(name), findings)
             yield f"{label(name)} at {teacher.url}: {findings}"
+
+
+class SameTeachers:
+    """That a run goes on with the teachers that it had: kept with it, for those that tell their weights from afar."""
+
+    def __init__(self, teachers: Mapping[str, TeacherScorer]) -> None:
+        self._weights = {name: each.info.weights for name, each in teachers.items() if isinstance(each, ServedTeacher)}
+
+    def state(self) -> dict[str, str]:
+        """Fingerprints by name."""
+        return self._weights
+
+    def load_state(self, state: Mapping[str, str]) -> None:
+        """Raises TeacherError if a run that goes on would be judged by others than before."""
+        for name, weights in self._weights.items():
+            if state.get(name, weights) != weights:
+                raise TeacherError(
+                    f"{label(name)} has other weights ({weights}) than before this run stopped ({state[name]}); serve the "
+                    "same model again, or start a new run"
+                )

@@ -29,7 +29,7 @@ from poweropd.runlog import CHECKPOINTS, RECIPE, STUDENT, SUMMARY, RunDirectory,
 from poweropd.step_statistics import StepStatistics
 from poweropd.streaming import merge_ranks
 from poweropd.teacher.scorer import judge
-from poweropd.teachers import examine_remote
+from poweropd.teachers import SameTeachers, examine_remote
 from poweropd.trackers import Trackers, require
 from poweropd.types import Prompt, ScoredRollout
 from poweropd.update import GradientResult, accumulate_gradient
@@ -141,6 +141,7 @@ class _Training:
             "reference_kl": self._reference_kl,
             "grad_norms": self._grad_norms,
             "schedule": self._schedule,
+            "teachers": SameTeachers(self._parts.teachers),
         }
         self._progress = Progress(run, self._parts.student, decisive, keep=recipe.checkpoint.keep)
 

@@ -196,15 +196,19 @@ def test_a_folder_without_a_model(student: PreTrainedModel, tmp_path: Path) -> N
     assert "\n" not in str(refused.value)
 
 
-def test_a_whole_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_whole_run(staleness: int, tmp_path: Path) -> None:
     recipe = load_recipe(RECIPE, [
         "rollout.engine=vllm", "rollout.vllm.kv_cache_gib=0.1", "rollout.vllm.enforce_eager=true", "train.steps=3",
         "train.prompts_per_step=6", "data.limit=18", "sampling.max_new_tokens=24", "evaluation.data.limit=4",
         "evaluation.samples=2", "evaluation.teacher=false", "optimizer.warmup_steps=0",
+        f"rollout.max_staleness={staleness}",
     ])  # fmt: skip
     observer = Recorder()
     train(recipe, tmp_path / "run", observer)
-    assert [metrics["staleness/mean"] for metrics in observer.metrics] == [0, 0, 0]
-    assert max(metrics["rollout/mismatch"] for metrics in observer.metrics) <= 1e-4
+    assert [metrics["staleness/mean"] for metrics in observer.metrics] == [0, staleness, staleness]
+    told = [metrics["rollout/mismatch"] for metrics in observer.metrics if "rollout/mismatch" in metrics]
+    assert len(told) == (1 if staleness else 3)
+    assert max(told) <= 1e-4
     assert observer.warnings == []
     assert (tmp_path / "run" / "student" / "model.safetensors").is_file()

@@ -15,6 +15,7 @@ from vllm_process import VLLMProcess, vllm_process
 
 from conftest import CHAT_END, END, RECIPE, make_rollouts
 from poweropd.adapters import plain_weights
+from poweropd.checkpoint import newest_step
 from poweropd.config import load_recipe
 from poweropd.errors import RolloutError, TeacherError
 from poweropd.guards import MISMATCH_ALARM
@@ -98,13 +99,17 @@ def test_ends_are_one_outcome(sampler: VLLMProcess) -> None:
         assert logprobs.logsumexp(0).item() == pytest.approx(rollout.rollout_logprobs[-1], abs=1e-4)
 
 
-def test_a_run_goes_on_when_its_server_is_started_anew(sampler: VLLMProcess, tmp_path: Path) -> None:
-    """It is killed after the first step. The new one has the untrained weights, is noticed, and given the student's."""
-    recipe = load_recipe(RECIPE, [
+def run_settings(sampler: VLLMProcess) -> list[str]:
+    return [
         "rollout.engine=vllm", f"rollout.vllm.url={sampler.url}", "rollout.vllm.token_env=VLLM_KEY", "train.steps=3",
         "train.prompts_per_step=6", "data.limit=18", "sampling.max_new_tokens=24", "evaluation.data=null",
         "optimizer.warmup_steps=0", "optimizer.lr=0.003",
-    ])  # fmt: skip
+    ]  # fmt: skip
+
+
+def test_a_run_goes_on_when_its_server_is_started_anew(sampler: VLLMProcess, tmp_path: Path) -> None:
+    """It is killed after the first step. The new one has the untrained weights, is noticed, and given the student's."""
+    recipe = load_recipe(RECIPE, run_settings(sampler))
 
     class Killer(Recorder):
         def on_step(self, step: int, steps: int, metrics: dict[str, float]) -> None:
@@ -136,6 +141,22 @@ def test_a_server_that_cannot_be_used(sampler: VLLMProcess, settings: dict[str, 
 def test_a_server_of_another_model(sampler: VLLMProcess) -> None:
     with pytest.raises(RolloutError, match=r"the vLLM server at .* refuses: 500 .*collective_rpc"):
         engine_at(sampler, load("quickstart:teacher"))
+
+
+def test_a_run_without_its_server_saves_and_stops(sampler: VLLMProcess, tmp_path: Path) -> None:
+    """The last of the tests of this server, which stays dead."""
+    recipe = load_recipe(RECIPE, [*run_settings(sampler), "rollout.vllm.deadline_s=3"])
+
+    class Killer(Recorder):
+        def on_step(self, step: int, steps: int, metrics: dict[str, float]) -> None:
+            super().on_step(step, steps, metrics)
+            if step == 2:
+                sampler.kill()
+
+    with pytest.raises(RolloutError, match=r"gave no usable answer .* the checkpoint of step 2 is kept") as stopped:
+        train(recipe, tmp_path / "run", Killer())
+    assert "\n" not in str(stopped.value)
+    assert newest_step(tmp_path / "run" / "checkpoints") == 2
 
 
 @pytest.fixture(scope="module")

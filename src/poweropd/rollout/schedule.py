@@ -82,10 +82,9 @@ class Schedule:
             future.result()
 
     def state(self) -> dict[str, Any]:
-        """What was drawn ahead, with the prompts by their ids; waits for it."""
-        return {
-            "ahead": {step: [_plain(rollout) for rollout in future.result()] for step, future in self._ahead.items()}
-        }
+        """What was drawn ahead, with the prompts by their ids; waits for it. What could not be drawn is left out."""
+        drawn = {step: future.result() for step, future in self._ahead.items() if future.exception() is None}
+        return {"ahead": {step: [_plain(rollout) for rollout in rollouts] for step, rollouts in drawn.items()}}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Rollouts of steps that are no longer to be taken are dropped."""

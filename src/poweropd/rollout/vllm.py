@@ -1,6 +1,7 @@
 """Rollouts by vLLM in this process, with weights of its own that follow the student's."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -58,9 +59,14 @@ class VLLMEngine:
         sequences_per_batch: int,
         revision: str | None = None,
     ) -> None:
+        if config.max_model_len is not None and config.max_model_len < longest:
+            raise ConfigError(
+                f"rollout.vllm.max_model_len {config.max_model_len}: prompts with their answers have up to {longest} tokens; "
+                "leave it out, or set it higher"
+            )
         self._weights = weights
         self._requests = requests
-        self._sleeps = config.sleep
+        self._sleeps, self._asleep = config.sleep, False
         self._in_this_process = config.tensor_parallel_size == 1
         self._precision = precision
         self._settings = [str(requests), str(precision)]
@@ -79,6 +85,7 @@ class VLLMEngine:
             kv_cache_memory_bytes=config.kv_cache_gib and int(config.kv_cache_gib * GIB),
             enforce_eager=config.enforce_eager,
             enable_sleep_mode=config.sleep,
+            use_tqdm_on_load=False,
         )
         self._fall_asleep()
 
@@ -89,8 +96,7 @@ class VLLMEngine:
         if not pairs:
             return []
         asked = [SamplingParams(**self._requests.parameters(*pair, sampling, seed=seed)) for pair in pairs]
-        if self._sleeps:
-            self._llm.wake_up()
+        self._wake_up()
         self._llm.reset_prefix_cache()
         texts = [{"prompt_token_ids": list(prompt.prompt_ids)} for prompt, _ in pairs]
         outputs = [answer.outputs[0] for answer in self._llm.generate(texts, asked, use_tqdm=False)]
@@ -104,8 +110,7 @@ class VLLMEngine:
     def update_weights(self, *, version: int) -> None:
         if version == self._version:
             return
-        if self._sleeps:
-            self._llm.wake_up(["weights"])
+        self._wake_up()  # to stay so: it is updated in order to sample
         if self._in_this_process:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(self._weights())})
         else:
@@ -113,7 +118,6 @@ class VLLMEngine:
                 write_weights(self._weights, Path(folder), self._precision)
                 self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
         self._version = version
-        self._fall_asleep()
 
     def fingerprint(self) -> str:
         return fingerprint(self._weights, self._settings)
@@ -122,6 +126,12 @@ class VLLMEngine:
         """Give its memory back until it is needed again."""
         if self._sleeps:
             self._llm.sleep(level=1)
+            self._asleep = True
+
+    def _wake_up(self) -> None:
+        if self._asleep:
+            self._llm.wake_up()
+            self._asleep = False
 
 
 def _load(**settings: Any) -> Any:
@@ -136,7 +146,8 @@ def _load(**settings: Any) -> Any:
     if settings["tensor_parallel_size"] == 1:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are handed over as they are, not as files
     try:
-        import vllm
+        with warnings.catch_warnings(action="ignore"):  # of what its packages do to each other
+            import vllm
     except ImportError:
         raise ConfigError(
             "rollout.engine vllm needs vLLM, which is not installed: pip install 'poweropd[vllm]', or set rollout.vllm.url "
@@ -145,7 +156,8 @@ def _load(**settings: Any) -> Any:
     if problem := version_problem(vllm.__version__):
         raise RolloutError(f"rollout.engine vllm: {problem}")
     try:
-        return vllm.LLM(**settings)
+        with warnings.catch_warnings(action="ignore"):
+            return vllm.LLM(**settings)
     except (ValueError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()
         raise RolloutError(

@@ -19,8 +19,8 @@ from poweropd.rollout.replica import Weights
 from poweropd.rollout.vllm_requests import Requests
 from poweropd.rollout.vllm_weights import fingerprint, write_weights
 from poweropd.sections import VLLMConfig
-from poweropd.teacher.http import token_from
-from poweropd.teacher.vllm_http import VLLMConnection
+from poweropd.teacher.http import UnusableAnswerError, token_from
+from poweropd.teacher.vllm_http import VLLMConnection, message_of
 from poweropd.types import Prompt, Rollout
 
 HOW_TO_START = (
@@ -39,8 +39,12 @@ class SamplerConnection(VLLMConnection):
     def _refusal(self, status: int, told: str) -> str:
         if status == 401:
             return super()._refusal(status, told)
-        advice = HOW_TO_START if status in (403, 404) else "look at rollout.vllm, and at the server's log"
-        return f"{self.peer} at {self.url} refuses: {status} {told.rstrip('.')}; {advice}"
+        advice = (
+            HOW_TO_START
+            if status in (403, 404)
+            else "look at its log, and whether it was started with the student and can read rollout.vllm.weights_folder"
+        )
+        return f"{self.peer} at {self.url} refuses: {status} {message_of(told).rstrip('.')}; {advice}"
 
 
 class VLLMServerEngine:
@@ -113,7 +117,7 @@ class VLLMServerEngine:
             "sampling_params": self._requests.parameters(prompt, sample, sampling, seed=seed),
         }
         for _ in range(LOADS):
-            versions, ids, logprobs = self._connection.ask_json("POST", "/inference/v1/generate", _parts, question)
+            versions, ids, logprobs = self._connection.ask_json("POST", "/inference/v1/generate", answered, question)
             if versions == {self._tag}:
                 return self._requests.rollout(prompt, sample, sampling, ids, logprobs, self._version)
             with self._loading:
@@ -142,7 +146,7 @@ class VLLMServerEngine:
         for _ in range(LOADS):
             ask("POST", "/update_weight_version", _whole, {"new_version": self._tag})
             ask("POST", "/collective_rpc", _whole, {"method": "reload_weights", "kwargs": {"weights_path": folder}})
-            ask("POST", "/reset_prefix_cache", _whole)
+            ask("POST", "/reset_prefix_cache", _succeeded)
             if self._held() == self._tag:
                 return
         raise RolloutError(
@@ -188,7 +192,12 @@ def _whole(answer: Any) -> Any:
     return answer
 
 
-def _parts(answer: dict[str, Any]) -> tuple[set[str], list[int], list[dict[int, float]]]:
+def _succeeded(answer: dict[str, Any]) -> None:
+    if answer["success"] is not True:
+        raise UnusableAnswerError("it is still busy")
+
+
+def answered(answer: dict[str, Any]) -> tuple[set[str], list[int], list[dict[int, float]]]:
     """Versions of the weights that an answer was drawn with, its tokens, and the log-probabilities told of each."""
     (choice,) = answer["choices"]
     logprobs = [

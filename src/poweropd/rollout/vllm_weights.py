@@ -5,10 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from poweropd.errors import RolloutError
 from poweropd.models import weights_fingerprint
 from poweropd.rollout.replica import Weights
 
@@ -32,9 +34,18 @@ def under_every_name(weights: Weights, tied: Mapping[str, str]) -> Iterator[tupl
 
 
 def write_weights(weights: Weights, folder: Path, dtype: torch.dtype) -> None:
-    """A safetensors file from which vLLM loads the weights, in the precision that it holds them in."""
+    """A safetensors file from which vLLM loads the weights, in the precision that it holds them in.
+
+    Raises:
+        RolloutError: it cannot be written.
+    """
     tensors = {name: torch.empty_like(weight, dtype=dtype, device="cpu").copy_(weight) for name, weight in weights()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise RolloutError(
+            f"cannot write the student's weights into {folder} for vLLM: {error}; make room there"
+        ) from None
 
 
 def fingerprint(weights: Weights, settings: Sequence[str]) -> str:

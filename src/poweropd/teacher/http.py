@@ -180,6 +180,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, IncompleteRead):
         return f"the answer ended {error.expected} bytes early"
     if isinstance(error, TimeoutError):
-        return str(error) or "timed out"
+        return "timed out, it was silent for timeout_s" if str(error) == "timed out" else str(error)
     text = getattr(error, "strerror", None) or str(error)
     return str(text).lower() if isinstance(error, OSError) else str(text) or type(error).__name__

@@ -21,6 +21,12 @@ def version_problem(version: str) -> str | None:
     return f"vLLM {'.'.join(map(str, MINIMUM_VERSION))} or newer is needed, this is {version}; install a newer one"
 
 
+def message_of(told: str) -> str:
+    """The message in the beginning of an answer that is an error."""
+    found = re.search(r'"message":\s*"([^"]*)', told)
+    return found.group(1) if found else told
+
+
 class VLLMConnection(Connection):
     """To a vLLM server."""
 
@@ -40,8 +46,7 @@ class VLLMConnection(Connection):
         return super()._may_pass(status, told) and "collective_rpc method failed" not in told
 
     def _refusal(self, status: int, told: str) -> str:
-        message = re.search(r'"message":\s*"([^"]*)', told)
-        return super()._refusal(status, message.group(1) if message else told)
+        return super()._refusal(status, message_of(told))
 
     def check_version(self) -> None:
         """Raises `error` for a vLLM that lacks what is used here."""
