@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from conftest import RECIPE
 from every_rank import run
 from poweropd.batching import shared_out
-from poweropd.errors import RunError
+from poweropd.config import load_recipe
+from poweropd.errors import ConfigError, RunError
 from poweropd.types import Prompt, Rollout
 
 SMALL = [
@@ -262,6 +263,18 @@ def test_a_run_goes_from_one_number_of_processes_to_another(alone: Path, two: Pa
     together(tmp_path, [(None, ["train.steps=2"], str(out))], processes=4)
     together(tmp_path, [(None, ["train.steps=3", "train.sharding=none"], str(out))], processes=2)
     assert_same_run(out, alone / "sampled")
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (["rollout.sources={teacher: 1}"], "teacher is sharded and only scores; leave it out, or use sharding: none"),
+        (["teacher.cache=scores"], "leave out engine, quantization, offload and cache"),
+    ],
+)
+def test_what_a_sharded_teacher_cannot_do_is_refused(settings: list[str], line: str) -> None:
+    with pytest.raises(ConfigError, match=line):
+        load_recipe(RECIPE, ["teacher.sharding=fsdp", *settings])
 
 
 def test_rollouts_are_shared_out_by_tokens_and_prompts_stay_together() -> None:

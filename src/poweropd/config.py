@@ -125,8 +125,12 @@ class Recipe(Section):
         asked = "rollout.teacher_mixing" if self.rollout.teacher_mixing else "rollout.sources teacher"
         if remote and (self.rollout.teacher_mixing or "teacher" in self.rollout.sources):
             raise ValueError(
-                f"{asked} samples from the teacher, and {label(remote[0])} only scores, being behind a server or sharded; "
-                "leave it out, or use engine: hf and sharding: none"
+                f"{asked} samples from the teacher, and {label(remote[0])} is "
+                + (
+                    "sharded and only scores; leave it out, or use sharding: none"
+                    if teachers[remote[0]].is_local
+                    else "behind a server that only scores; leave it out, or use engine: hf"
+                )
             )
         sharded = [name for name, config in teachers.items() if config.sharding == "fsdp"]
         if sharded and len(teachers) > 1:
