@@ -55,6 +55,7 @@ FURTHER = {
     ],
 }
 HALF_PRECISION = ["student.precision=bfloat16", "rollout.sources={golden: 1}"]  # rounding would draw other answers
+GONE = "one of the 2 processes of this run is gone, or cannot be reached; go on with --resume"
 Job = tuple[str | None, list[str], str]
 
 
@@ -114,7 +115,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cases by two processes, whole and sharded, the teacher too; and what is resumed there."""
+    """The cases by two processes, whole and sharded, the teacher too; what is resumed there; and last, one is killed."""
     folder = tmp_path_factory.mktemp("two")
     jobs: list[Job] = []
     for name, settings in CASES.items():
@@ -124,8 +125,22 @@ def two(alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, settings in {"resumed": [], "resumed sharded": SHARDED}.items():
         copy_at(alone / "sampled", folder / name, step=2)
         jobs.append((None, settings, str(folder / name)))
-    together(folder, jobs)
+    fail_together(folder, [*jobs, failing(folder / "failed", "kill")], GONE)
     return folder
+
+
+def failing(out: Path, kind: str) -> tuple:
+    """A job of which the second process fails after the second step."""
+    return str(RECIPE), [*SMALL, *CASES["full"], *SHARDED], str(out), (1, 2, kind)
+
+
+def fail_together(folder: Path, jobs: Sequence[Sequence], line: str) -> None:
+    """Jobs of which the last one fails: all processes end by themselves, and one of them says why."""
+    process = started(folder, jobs)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1, output
+    assert errors(output) == [f"error: {line}"], output
+    assert "[rank" not in output, "a traceback of a process"
 
 
 def copy_at(run: Path, to: Path, step: int) -> None:
@@ -182,23 +197,21 @@ def test_a_sharded_checkpoint_of_another_model_or_with_damage_is_refused(two: Pa
         run(None, [], str(out))
 
 
-@pytest.mark.parametrize(
-    ("kind", "line"),
-    [
-        pytest.param("raise", "error: no room after step 2", marks=pytest.mark.slow),
-        ("kill", "error: one of the 2 processes of this run is gone, or cannot be reached; go on with --resume"),
-    ],
-)
-def test_what_ends_one_process_ends_all_with_one_line(kind: str, line: str, alone: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    process = started(tmp_path, [(str(RECIPE), [*SMALL, *CASES["full"], *SHARDED], str(out), (1, 2, kind))])
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert errors(output) == [line]
-    assert "[rank" not in output, "a traceback of a process"
-    assert json.loads((out / "manifest.json").read_text())["error"] == line.removeprefix("error: ")
+def assert_goes_on(out: Path, line: str, alone: Path) -> None:
+    assert json.loads((out / "manifest.json").read_text())["error"] == line
     run(None, [], str(out))
     assert_same_run(out, alone / "full")
+
+
+def test_when_one_process_is_killed_all_end_and_the_run_goes_on(alone: Path, two: Path) -> None:
+    assert_goes_on(two / "failed", GONE, alone)
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_is_the_one_line_of_all(alone: Path, tmp_path: Path) -> None:
+    line = "no room after step 2"
+    fail_together(tmp_path, [failing(tmp_path / "failed", "raise")], line)
+    assert_goes_on(tmp_path / "failed", line, alone)
 
 
 @pytest.mark.slow
