@@ -102,10 +102,9 @@ class Connection:
                 raise self.error(f"the certificate of {self.url} is not trusted: {error.verify_message}") from None
             except (OSError, HTTPException, UnusableAnswerError) as error:
                 self.close()
-                cut_short = (
-                    isinstance(error, TimeoutError) and time.monotonic() >= end
-                )  # which tells of the deadline alone
-                reason = reason if cut_short and reason else _reason(error)
+                cut_short = isinstance(error, TimeoutError) and time.monotonic() >= end
+                if not (cut_short and reason):  # the deadline tells less than what went wrong before it
+                    reason = _reason(error)
             passed, wait = time.monotonic() - started, pause * self._random.uniform(0.5, 1.0)
             if passed + wait > self._deadline_s:
                 raise self.error(
