@@ -137,8 +137,8 @@ def load_outline(name: str, revision: str | None = None) -> PreTrainedModel:
     Raises:
         ModelError: the folder or Hub id cannot be read.
     """
+    config = load_config(name, revision)
     try:
-        config = AutoConfig.from_pretrained(resolve(name), revision=revision)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except UNREADABLE as error:

@@ -164,9 +164,9 @@ def _teacher(name: str, config: TeacherConfig, device: torch.device, gpus: int) 
         name=name,
         shape=shape_of(config.model, config.revision),
         precision=precision,
-        layer_bytes=QUANTIZED.get(getattr(config, "quantization", "none"), precision.itemsize),
+        layer_bytes=QUANTIZED.get(config.quantization, precision.itemsize),
         tokens_per_batch=config.tokens_per_batch,
-        local=getattr(config, "url", None) is None,
+        local=config.is_local,
         shards=_shards(config, gpus),
-        offloaded=getattr(config, "offload", False),
+        offloaded=config.offload,
     )
