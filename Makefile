@@ -60,6 +60,7 @@ $(VENV)/.tested: $(VENV)/.installed
 
 docs: $(VENV)/.installed
 	$(BIN)/poweropd objectives --markdown > docs/objectives.md
+	$(BIN)/python benchmarks/plan_tables.py
 
 # Other trainers in an environment of their own, with the same torch; then everything is measured side by side.
 benchmark: $(VENV)/.installed $(PEERS)/.installed

@@ -4,20 +4,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from poweropd.assembly import Parts, assemble
 from poweropd.config import Recipe, label
+from poweropd.errors import ModelError
 from poweropd.guards import MISMATCH_ALARM
 from poweropd.overlap import Problem, overlaps
 from poweropd.pair import head_rows
+from poweropd.plan.load import Load
+from poweropd.plan.machines import GIB, here
+from poweropd.plan.memory import memory
 from poweropd.step_statistics import StepStatistics
 from poweropd.teacher.scorer import judge
 from poweropd.teachers import examine as examine_teacher
 from poweropd.types import Prompt, Rollout
 from poweropd.update import accumulate_gradient
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -122,29 +122,13 @@ def _context(recipe: Recipe, parts: Parts) -> Check:
 
 
 def _memory(recipe: Recipe, parts: Parts) -> Check:
-    student = sum(p.numel() for p in parts.pair.student.parameters())
-    reference = 0 if parts.reference is None else student * parts.pair.precision.itemsize
-    models = [teacher.model for teacher in parts.pair.teachers.values() if teacher.model is not None]
-    teachers = [p for model in models for p in model.parameters()]
-    needed = (
-        16 * student + reference + sum(p.numel() * p.element_size() for p in teachers)
-    ) / GIB  # fp32 weights, gradients and two AdamW moments
-    if parts.pair.student.device.type == "cuda":
-        available = torch.cuda.get_device_properties(parts.pair.student.device).total_memory / GIB
-    else:
-        available = _main_memory() / GIB
-    verdict: Literal["ok", "warn"] = "ok" if needed < 0.8 * available else "warn"
-    return Check(
-        "memory",
-        verdict,
-        f"{needed:.2g} GiB for weights, gradients and optimizer of {available:.3g} GiB; activations and cache come on top",
-    )
-
-
-def _main_memory() -> int:
-    import os
-
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        needed = memory(Load.of(recipe, here(), prompt=parts.stream.longest))
+    except ModelError as error:
+        return Check("memory", "warn", str(error))
+    told = f"{needed.peak / GIB:.2g} GiB at the peak of a step ({needed.fullest}), of {needed.room / GIB:.3g} GiB"
+    advice = "" if needed.fits else "; `poweropd plan` says what to change"
+    return Check("memory", "ok" if needed.fits else "warn", f"{told}{advice}")
 
 
 def _teacher(name: str, recipe: Recipe, parts: Parts, rollouts: list[Rollout]) -> Check:

@@ -18,6 +18,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -85,6 +86,18 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
         raise _unreadable("tokenizer", name, error) from error
 
 
+def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
+    """The config of a local folder or Hub id, which is all that is read.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    try:
+        return AutoConfig.from_pretrained(resolve(name), revision=revision)
+    except UNREADABLE as error:
+        raise _unreadable("config", name, error) from error
+
+
 def load_model(
     name: str,
     *,
@@ -124,8 +137,8 @@ def load_outline(name: str, revision: str | None = None) -> PreTrainedModel:
     Raises:
         ModelError: the folder or Hub id cannot be read.
     """
+    config = load_config(name, revision)
     try:
-        config = AutoConfig.from_pretrained(resolve(name), revision=revision)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except UNREADABLE as error:

@@ -91,7 +91,11 @@ def _similar(lengths: Sequence[int], spare: float) -> Iterator[list[int]]:
 
 def packed_hidden_states(model: PreTrainedModel, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
     """Last hidden states [S, H] of the rows [S] of a pack, from a model that `takes_packs`."""
-    packing = Packing.of(lengths, input_ids.device)
+    return run_packed(model, input_ids, Packing.of(lengths, input_ids.device))
+
+
+def run_packed(model: PreTrainedModel, input_ids: Tensor, packing: Packing) -> Tensor:
+    """The same, of rows whose packing is known."""
     found = model.base_model(
         input_ids=input_ids[None],
         position_ids=packing.positions[None],
@@ -115,6 +119,12 @@ def takes_packs(model: PreTrainedModel) -> bool:
     return model.config._attn_implementation == ATTENTION
 
 
+def may_take_packs(model: PreTrainedModel) -> bool:
+    """Whether its config says so, of attention that is causal and no more; `enable_packing` tries it."""
+    layer_types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    return model.config._attn_implementation == "sdpa" and not layer_types - {"full_attention"}
+
+
 @torch.no_grad()
 def enable_packing(model: PreTrainedModel) -> bool:
     """Let a model take packed rows, if it then gives what each row alone gives; else leave it as it was.
@@ -125,12 +135,10 @@ def enable_packing(model: PreTrainedModel) -> bool:
     """
     if takes_packs(model):
         return True
-    config = model.config.get_text_config()
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    if model.config._attn_implementation != "sdpa" or layer_types - {"full_attention"}:
+    if not may_take_packs(model):
         return False
     lengths = (7, 4, 1)
-    ids = torch.arange(1, 1 + sum(lengths), device=model.device) % config.vocab_size
+    ids = torch.arange(1, 1 + sum(lengths), device=model.device) % model.config.get_text_config().vocab_size
     alone = [model.base_model(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in ids.split(lengths)]
     model.set_attn_implementation(ATTENTION)
     try:

@@ -87,7 +87,7 @@ class ModelPair:
         """What a user should know of the pair before it is trained."""
         counts = {"student": self.student.num_parameters()}
         counts |= {label(name): teacher.parameters for name, teacher in self.teachers.items()}
-        sizes = ", ".join(f"{name} {_readable(count)}" for name, count in counts.items())
+        sizes = ", ".join(f"{name} {readable(count)}" for name, count in counts.items())
         lines = [f"{sizes} parameters; {self.vocab_size} tokens; {self.student.device.type}"]
         lines += [
             f"{label(name)} is at {teacher.url}; it scores and does not sample, so it is not evaluated"
@@ -110,7 +110,7 @@ class ModelPair:
         return lines
 
 
-def _readable(count: int) -> str:
+def readable(count: int) -> str:
     """`630M`, `1.78B`."""
     return f"{count / 1e6:.3g}M" if count < 1e9 else f"{count / 1e9:.3g}B"
 

@@ -2,10 +2,10 @@
 
 import warnings
 
-from poweropd.cli import training, measuring, serving, objectives  # isort: skip  (--help shows the verbs in this order)
+from poweropd.cli import training, measuring, planning, serving, objectives  # isort: skip  (--help shows the verbs in this order)
 from poweropd.cli.shared import app, in_one_line
 
-__all__ = ["app", "main", "measuring", "objectives", "serving", "training"]
+__all__ = ["app", "main", "measuring", "objectives", "planning", "serving", "training"]
 
 
 def main() -> None:

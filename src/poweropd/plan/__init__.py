@@ -1,0 +1,1 @@
+"""What a recipe needs of memory and time, before anything is loaded or bought."""
