@@ -92,16 +92,19 @@ class Connection:
         Raises:
             TeacherError, or `error`: the server refuses (4xx), or the deadline has passed without an answer.
         """
-        started, pause, attempts = time.monotonic(), FIRST_PAUSE, 0
+        started, pause, attempts, reason = time.monotonic(), FIRST_PAUSE, 0, ""
+        end = started + self._deadline_s
         while True:
             attempts += 1
             try:
-                return read(self._attempt(method, path, body, headers or {}, started + self._deadline_s))
+                return read(self._attempt(method, path, body, headers or {}, end))
             except ssl.SSLCertVerificationError as error:
                 raise self.error(f"the certificate of {self.url} is not trusted: {error.verify_message}") from None
             except (OSError, HTTPException, UnusableAnswerError) as error:
                 self.close()
-                reason = _reason(error)
+                cut_short = isinstance(error, TimeoutError) and time.monotonic() >= end
+                if not (cut_short and reason):  # the deadline tells less than what went wrong before it
+                    reason = _reason(error)
             passed, wait = time.monotonic() - started, pause * self._random.uniform(0.5, 1.0)
             if passed + wait > self._deadline_s:
                 raise self.error(
