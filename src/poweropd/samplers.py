@@ -32,6 +32,7 @@ def vllm_sampler(
     if config.url is not None:
         return VLLMServerEngine(
             config.url,
+            student.model,
             every_weight,
             requests=requests,
             config=config,

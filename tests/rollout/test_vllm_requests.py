@@ -203,6 +203,7 @@ def test_a_length_that_is_too_short_is_refused(model: PreTrainedModel) -> None:
 def connect(url: str, model: PreTrainedModel, **more: object) -> VLLMServerEngine:
     return VLLMServerEngine(
         url,
+        "some/student",
         lambda: plain_weights(model),
         requests=Requests(512, 512),
         config=VLLMConfig(url=url, **{"timeout_s": 1, "deadline_s": 0.3, **more}),
@@ -223,7 +224,7 @@ def test_a_server_that_cannot_be_used(model: PreTrainedModel, tmp_path: Path) ->
         assert "\n" not in str(refused.value)
         return str(refused.value)
 
-    version, models = answer(b'{"version": "0.32.0"}'), answer(b'{"data": []}')
+    version, models = answer(b'{"version": "0.32.0"}'), answer(b'{"data": [{"id": "student", "max_model_len": 20}]}')
     assert "0.32 or newer is needed, this is 0.11.0" in refusal(answer(b'{"version": "0.11.0"}'))
     assert "refuses: 401 Unauthorized. Set rollout.vllm.token_env" in refusal(version, answer(b"Unauthorized", 401))
     assert "refuses: 404 Not Found; start it with VLLM_SERVER_DEV_MODE=1" in refusal(

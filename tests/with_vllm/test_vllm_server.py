@@ -56,6 +56,7 @@ def sampler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMProcess]:
 def engine_at(process: VLLMProcess, model: PreTrainedModel, longest: int = 128, **settings: object) -> VLLMServerEngine:
     return VLLMServerEngine(
         process.url,
+        settings.pop("student", "quickstart:student"),
         lambda: under_every_name(lambda: plain_weights(model), tied_names(model)),
         requests=Requests(512, 512, settings.pop("ends", ())),
         config=VLLMConfig(url=process.url, **{"token_env": "VLLM_KEY", "timeout_s": 60, "deadline_s": 120, **settings}),
@@ -139,8 +140,8 @@ def test_a_server_that_cannot_be_used(sampler: VLLMProcess, settings: dict[str, 
 
 
 def test_a_server_of_another_model(sampler: VLLMProcess) -> None:
-    with pytest.raises(RolloutError, match=r"the vLLM server at .* refuses: 500 .*collective_rpc"):
-        engine_at(sampler, load("quickstart:teacher"))
+    with pytest.raises(RolloutError, match=r"it serves .*student, and student.model is quickstart:teacher; serve that"):
+        engine_at(sampler, load("quickstart:teacher"), student="quickstart:teacher")
 
 
 def test_a_run_without_its_server_saves_and_stops(sampler: VLLMProcess, tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ class VLLMServerEngine:
 
     Args:
         url, config: of the server.
+        student: Hub id or folder, which it must have been started with.
         weights, requests, precision, longest: see `VLLMEngine`; the server's dtype must be the precision.
         concurrency: samples asked for at a time.
 
@@ -67,6 +68,7 @@ class VLLMServerEngine:
     def __init__(
         self,
         url: str,
+        student: str,
         weights: Weights,
         *,
         requests: Requests,
@@ -86,7 +88,7 @@ class VLLMServerEngine:
         self._own = threading.local()  # a connection for each thread
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="vllm")
         self._loading = threading.Lock()
-        self._check_server(longest)
+        self._check_server(student, longest)
         self._settings = [str(requests), str(precision), url]
         try:
             self._folder = TemporaryDirectory(prefix="poweropd-weights-", dir=config.weights_folder)
@@ -165,11 +167,12 @@ class VLLMServerEngine:
         own: SamplerConnection = self._own.connection
         return own
 
-    def _check_server(self, longest: int) -> None:
-        ask = self._connection.ask_json
+    def _check_server(self, student: str, longest: int) -> None:
         self._connection.check_version()
-        ask("GET", "/v1/models", _whole)  # needs the token, unlike the others
-        model = ask("GET", "/server_info?config_format=json", lambda told: told["vllm_config"]["model_config"])
+        self._connection.served(student, "student.model")  # weights that it cannot take would spoil it
+        model = self._connection.ask_json(
+            "GET", "/server_info?config_format=json", lambda told: told["vllm_config"]["model_config"]
+        )
         wanted = str(self._precision)
         problems = {
             f"it has --logprobs-mode {model['logprobs_mode']}": model["logprobs_mode"] != "processed_logprobs",
@@ -183,9 +186,7 @@ class VLLMServerEngine:
             ),
         }
         if found := [problem for problem, is_one in problems.items() if is_one]:
-            raise RolloutError(
-                f"{SamplerConnection.peer} cannot be used: {'; '.join(found)}. {HOW_TO_START.capitalize()}"
-            )
+            raise self._connection.refused(f"{'; '.join(found)}; {HOW_TO_START}")
 
 
 def _whole(answer: Any) -> Any:

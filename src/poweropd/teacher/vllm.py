@@ -2,15 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import PurePath
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from poweropd.batching import group_by_tokens
-from poweropd.errors import TeacherError
-from poweropd.models import resolve
 from poweropd.objectives import Needs
 from poweropd.teacher.http import UnusableAnswerError
 from poweropd.teacher.vllm_http import MOST_NAMED_IDS, VLLMConnection
@@ -77,7 +74,7 @@ class VLLMTeacher:
             {"nothing", "sampled"} if end_ids else {"nothing", "sampled", "top_k"}
         )
         self._connection.check_version()
-        self._name, self._longest = self._served(model)
+        self._name, self._longest = self._connection.served(model, "teacher.model")
         probe = self._refuse_other_tokenizer(tokenizer)
         self._refuse_padding(probe, range(vocab_size, head_rows))
 
@@ -94,7 +91,7 @@ class VLLMTeacher:
         texts = [[*rollout.prompt.prompt_ids, *rollout.response_ids] for rollout in rollouts]
         longest = max(map(len, texts)) + 1  # for the token that vLLM must draw
         if longest > self._longest:
-            raise self._refused(
+            raise self._connection.refused(
                 f"it was started with --max-model-len {self._longest}, and a prompt with its answer needs {longest}; start it "
                 "with more"
             )
@@ -123,7 +120,7 @@ class VLLMTeacher:
         real = [{id: logprob for id, logprob in row.items() if id < self._vocab_size} for row in found]
         likeliest = [sorted(row, key=row.__getitem__, reverse=True)[: max(k, 1)] for row in real]
         if k and min(map(len, likeliest)) < k:
-            raise self._refused(f"padding is among its {k} likeliest tokens; set a lower objective.k")
+            raise self._connection.refused(f"padding is among its {k} likeliest tokens; set a lower objective.k")
         top = torch.tensor(likeliest)
         scores = TeacherScores(torch.tensor(logprobs), top1_ids=None if self._end_ids else top[:, 0])
         if not k:
@@ -152,25 +149,13 @@ class VLLMTeacher:
         question = {"model": self._name, "prompt": list(map(list, texts)), **PLAIN, **asked}
         return self._connection.ask_json("POST", "/v1/completions", pick, question)
 
-    def _served(self, model: str) -> tuple[str, int]:
-        """The name under which the server has the model, and the longest text that it takes."""
-        models = self._connection.ask_json("GET", "/v1/models", lambda told: list(told["data"]))
-        names = {PurePath(name).name for name in (model, resolve(model))}
-        for one in models:
-            if names & {PurePath(str(one.get(key))).name for key in ("id", "root")}:
-                return one["id"], int(one["max_model_len"])
-        served = ", ".join(str(one["id"]) for one in models)
-        raise self._refused(
-            f"it serves {served}, and teacher.model is {model}; serve that one, or name it by --served-model-name"
-        )
-
     def _refuse_other_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """The ids of a text, of which server and tokenizer must agree."""
         question = {"model": self._name, "prompt": PROBE, "add_special_tokens": False}
         theirs = self._connection.ask_json("POST", "/tokenize", lambda told: list(told["tokens"]), question)
         ours = list(tokenizer.encode(PROBE, add_special_tokens=False))
         if theirs != ours:
-            raise self._refused(
+            raise self._connection.refused(
                 f"it has another tokenizer: a text of {len(ours)} tokens here has {len(theirs)} others there. Serve the model "
                 "with its own tokenizer"
             )
@@ -183,7 +168,7 @@ class VLLMTeacher:
         parts = [self._probability_of(chunk, texts) for chunk in chunks]
         mass = max(map(sum, zip(*parts, strict=True)), default=0.0)
         if not mass <= MOST_PADDING:
-            raise self._refused(
+            raise self._connection.refused(
                 f"the padding rows of its LM head have probability {mass:.2g}, which vLLM counts and every score lacks; serve "
                 "it by `poweropd serve-teacher` (teacher.engine: served)"
             )
@@ -192,10 +177,7 @@ class VLLMTeacher:
         for columns in scores:
             for column in (columns.logprobs, columns.top_logprobs):
                 if column is not None and not (column > LEAST).all():
-                    raise self._refused(
+                    raise self._connection.refused(
                         "it gives log-probabilities that are not finite; no rollout is trained on with such scores. Look after "
                         "its weights and precision"
                     )
-
-    def _refused(self, problem: str) -> TeacherError:
-        return TeacherError(f"the teacher at {self._connection.url} cannot be used: {problem}")

@@ -3,8 +3,11 @@
 import json
 import re
 from collections.abc import Callable
+from pathlib import PurePath
 from typing import Any, TypeVar
 
+from poweropd.errors import UserError
+from poweropd.models import resolve
 from poweropd.teacher.http import Connection, UnusableAnswerError
 
 Answer = TypeVar("Answer")
@@ -51,4 +54,28 @@ class VLLMConnection(Connection):
     def check_version(self) -> None:
         """Raises `error` for a vLLM that lacks what is used here."""
         if problem := version_problem(self.ask_json("GET", "/version", lambda told: str(told["version"]))):
-            raise self.error(f"{self.peer} at {self.url}: {problem}")
+            raise self.refused(problem)
+
+    def served(self, model: str, key: str) -> tuple[str, int]:
+        """The name under which the server has a model, and the longest text that it takes.
+
+        Args:
+            model: Hub id or folder; one of the same last name will do, for folders differ from machine to machine.
+            key: of the recipe, that names it.
+
+        Raises:
+            UserError: `error`: it has another one.
+        """
+        models = self.ask_json("GET", "/v1/models", lambda told: list(told["data"]))
+        name = PurePath(resolve(model)).name
+        for one in models:
+            if name in {PurePath(str(one.get(given))).name for given in ("id", "root")}:
+                return one["id"], int(one["max_model_len"])
+        others = ", ".join(str(one.get("id")) for one in models)
+        raise self.refused(
+            f"it serves {others}, and {key} is {model}; serve that one, or name it by --served-model-name"
+        )
+
+    def refused(self, problem: str) -> UserError:
+        """The error that says so."""
+        return self.error(f"{self.peer} at {self.url} cannot be used: {problem}")
