@@ -34,9 +34,12 @@ from poweropd.trackers import Trackers, require
 from poweropd.types import Prompt, ScoredRollout
 from poweropd.update import GradientResult, accumulate_gradient
 
+WHERE_A_TEACHER_IS = {"sharding", "url", "token_env", "timeout_s", "deadline_s", "verify", "cache"}
 MAY_CHANGE_ON_RESUME = {
     "train": {"steps", "sharding"},
-    "teacher": {"sharding"},
+    "teacher": WHERE_A_TEACHER_IS,
+    "teachers": {"__all__": WHERE_A_TEACHER_IS},
+    "rollout": {"vllm": {"url", "token_env", "weights_folder", "timeout_s", "deadline_s"}},
     "checkpoint": True,
     "guard": True,
     "log": True,
@@ -106,9 +109,9 @@ def recipe_to_resume(out: Path, overrides: list[str] | None = None) -> Recipe:
     started, wanted = load_recipe(path), load_recipe(path, overrides)
     if started.model_dump(exclude=MAY_CHANGE_ON_RESUME) != wanted.model_dump(exclude=MAY_CHANGE_ON_RESUME):  # type: ignore[arg-type]
         raise RunError(
-            f"--set {' '.join(overrides or [])}: the run in {out} was started otherwise. On --resume only train.steps, "
-            "train.sharding, teacher.sharding, evaluation.every, .subset and .cache, checkpoint, guard and log may change; "
-            "start a new run for the rest"
+            f"--set {' '.join(overrides or [])}: the run in {out} was started otherwise. On --resume only train.steps "
+            "and .sharding, where a teacher or a vLLM server is and how long it may take, evaluation.every, .subset and "
+            ".cache, checkpoint, guard and log may change; start a new run for the rest"
         )
     return wanted
 

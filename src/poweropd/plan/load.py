@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -11,7 +10,7 @@ from poweropd.models import resolve_precision
 from poweropd.plan.machines import Machine
 from poweropd.plan.shapes import Shape, shape_of
 from poweropd.rollout.engine import Sampling
-from poweropd.sections import TeacherConfig
+from poweropd.sections import TeacherConfig, TrainConfig, VLLMConfig
 
 PROMPT_TOKENS = 256  # where a recipe does not say
 QUANTIZED = {"8bit": 1.0, "4bit": 0.5}  # bytes a weight
@@ -136,11 +135,10 @@ class Load:
         return self.decodes_here and (self.shards > 1 or self.recipe.student.lora is not None or self.overlaps)
 
     @property
-    def vllm(self) -> Any:
+    def vllm(self) -> VLLMConfig | None:
         """The settings of vLLM, where it samples on these GPUs; else None."""
         rollout = self.recipe.rollout
-        settings = getattr(rollout, "vllm", None) if rollout.engine != "hf" else None
-        return None if settings is None or settings.url else settings
+        return rollout.vllm if rollout.engine == "vllm" and rollout.vllm.url is None else None
 
     @property
     def decodes_here(self) -> bool:
@@ -153,9 +151,9 @@ class Load:
         return count, math.ceil(self.sequences / count)
 
 
-def _shards(section: Any, gpus: int) -> int:
+def _shards(section: TrainConfig | TeacherConfig, gpus: int) -> int:
     """Over how many GPUs the weights of this section's model are spread."""
-    return gpus if getattr(section, "sharding", "none") == "fsdp" else 1
+    return gpus if section.sharding == "fsdp" else 1
 
 
 def _teacher(name: str, config: TeacherConfig, device: torch.device, gpus: int) -> Teacher:

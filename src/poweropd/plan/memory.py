@@ -16,6 +16,7 @@ from poweropd.plan.load import Load, Teacher
 from poweropd.plan.machines import GIB, Machine
 from poweropd.plan.shapes import Shape
 from poweropd.rollout.llama import COPIED_WEIGHTS
+from poweropd.sections import VLLMConfig
 
 USABLE = {"cuda": 0.92, "cpu": 1.0}  # of the memory stated: drivers, error correction and fragments take the rest
 RUNTIME = {"cuda": 1.0 * GIB, "cpu": 0.42 * GIB}  # of a process without models; the GPU's is an assumption
@@ -121,11 +122,11 @@ def _always(load: Load, objective: Objective, *, freed: float) -> Iterator[Line]
         size = load.precision.itemsize
         yield Line("reference, weights", size * student.parameters, f"the initial student, {count} of {size} bytes")
     if load.vllm is not None and not load.vllm.sleep:
-        yield _vllm(load)
+        yield _vllm(load, load.vllm)
 
 
-def _vllm(load: Load) -> Line:
-    settings, size = load.vllm, load.precision.itemsize
+def _vllm(load: Load, settings: VLLMConfig) -> Line:
+    size = load.precision.itemsize
     if settings.kv_cache_gib is not None:
         held = GIB * settings.kv_cache_gib + size * load.student.parameters
         return Line("vLLM", held, f"{settings.kv_cache_gib:g} GiB of keys and values, {size} bytes a weight")
@@ -136,7 +137,7 @@ def _vllm(load: Load) -> Line:
 def _rollout(load: Load) -> Iterator[Line]:
     if not load.decodes_here:
         if load.vllm is not None and load.vllm.sleep:
-            yield _vllm(load)
+            yield _vllm(load, load.vllm)
         return
     student, size, rows = load.student, load.precision.itemsize, load.rows
     if size < FP32 and not load.has_replica:
