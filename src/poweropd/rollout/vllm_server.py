@@ -142,14 +142,16 @@ class VLLMServerEngine:
     def _load(self) -> None:
         """Have the server load the weights last written.
 
-        The version is set first and looked at last: a server that was started anew in between has another.
+        It is told that they are coming first: one that was started anew meanwhile says otherwise afterwards, and what is
+        drawn meanwhile does not pass for theirs.
         """
-        ask, folder = self._connection.ask_json, str(Path(self._folder.name) / self._tag)
+        ask, folder, coming = self._connection.ask_json, str(Path(self._folder.name) / self._tag), f"{self._tag}-coming"
         for _ in range(LOADS):
-            ask("POST", "/update_weight_version", _whole, {"new_version": self._tag})
+            ask("POST", "/update_weight_version", _whole, {"new_version": coming})
             ask("POST", "/collective_rpc", _whole, {"method": "reload_weights", "kwargs": {"weights_path": folder}})
             ask("POST", "/reset_prefix_cache", _succeeded)
-            if self._held() == self._tag:
+            if self._held() == coming:
+                ask("POST", "/update_weight_version", _whole, {"new_version": self._tag})
                 return
         raise RolloutError(
             f"{SamplerConnection.peer} was started anew {LOADS} times while it loaded weights; look at its log"
