@@ -79,8 +79,11 @@ def assemble(recipe: Recipe, world: World = ALONE) -> Parts:
     )
     asking = _asking(recipe, sampling, world)
     if recipe.rollout.engine == "vllm":
-        if world.size > 1:
-            raise ConfigError(f"rollout.engine vllm is for one process, got {world.size}; use hf, or start one alone")
+        if world.size > 1 and recipe.rollout.vllm.url is None:
+            raise ConfigError(
+                f"rollout.engine vllm in the trainer's own process is for one process, got {world.size}; start a vLLM server "
+                "and set rollout.vllm.url, or use hf"
+            )
         check_sampling(sampling, "sampling")
         check_sampling(asking.sampling, "evaluation")
     prompts, problems = load_data(recipe, pair, sampling)
@@ -112,7 +115,7 @@ def assemble(recipe: Recipe, world: World = ALONE) -> Parts:
     teacher_engines = _engines(recipe, pair, samples, 1.0, "teacher")
     if rollout.engine == "vllm":
         longest = _longest(prompts, sampling, problems, asking)
-        student_engine: Sampler = vllm_sampler(recipe, pair, student.weights, tied, longest=longest)
+        student_engine: Sampler = vllm_sampler(recipe, pair, student.weights, tied, longest=longest, world=world)
     else:
         student_engine = _sampler(samples, [], recipe, pair, "student")
     engines: dict[Source, RolloutEngine] = {

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 
 from poweropd.config import Recipe
+from poweropd.distributed import World
 from poweropd.pair import ModelPair, head_rows
 from poweropd.rollout.engine import Sampler
 from poweropd.rollout.replica import Weights
@@ -14,7 +15,7 @@ from poweropd.rollout.vllm_weights import under_every_name
 
 
 def vllm_sampler(
-    recipe: Recipe, pair: ModelPair, weights: Weights, tied: Mapping[str, str], *, longest: int
+    recipe: Recipe, pair: ModelPair, weights: Weights, tied: Mapping[str, str], *, longest: int, world: World
 ) -> Sampler:
     """vLLM, in this process or as a server.
 
@@ -22,6 +23,7 @@ def vllm_sampler(
         weights: the student's, tied ones once.
         tied: their further names.
         longest: tokens of the longest prompt with its longest answer.
+        world: the ranks that train the student.
 
     Raises:
         ConfigError, RolloutError: it cannot be used.
@@ -39,6 +41,7 @@ def vllm_sampler(
             precision=pair.precision,
             longest=longest,
             concurrency=recipe.rollout.sequences_per_batch,
+            world=world,
         )
     return VLLMEngine(
         student.model,

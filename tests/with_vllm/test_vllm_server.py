@@ -29,6 +29,7 @@ from poweropd.teacher.vllm import VLLMTeacher
 from poweropd.train import train
 from poweropd.types import Rollout
 from recording import Recorder
+from test_distributed import metrics, together
 from test_engines import SAMPLING, make_prompts, test_contract  # noqa: F401  runs here too
 from test_scorers import LENGTHS, keeps_its_promises
 
@@ -124,6 +125,17 @@ def test_a_run_goes_on_when_its_server_is_started_anew(sampler: VLLMProcess, tmp
     assert len(observer.metrics) == 3
     assert max(metrics["rollout/mismatch"] for metrics in observer.metrics) <= 1e-4
     assert observer.warnings == []
+
+
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_one_server_samples_for_several_processes(sampler: VLLMProcess, sharding: str, tmp_path: Path) -> None:
+    evaluation = "{data: {source: reasoning_gym, families: {gcd: {}}, prompt: question, split: held_out, limit: 5}, samples: 2, teacher: false}"
+    settings = [*run_settings(sampler), f"train.sharding={sharding}", f"evaluation={evaluation}"]
+    together(tmp_path, [(str(RECIPE), settings, str(tmp_path / "run"))])
+    steps = metrics(tmp_path / "run")
+    assert [step["staleness/max"] for step in steps] == [0, 0, 0]
+    assert max(step["rollout/mismatch"] for step in steps) <= 1e-4
+    assert (tmp_path / "run" / "student" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

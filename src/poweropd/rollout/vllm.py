@@ -14,7 +14,7 @@ from poweropd.models import resolve
 from poweropd.rollout.engine import Sampling
 from poweropd.rollout.replica import Weights
 from poweropd.rollout.vllm_requests import Requests
-from poweropd.rollout.vllm_weights import fingerprint, write_weights
+from poweropd.rollout.vllm_weights import copies, fingerprint, write_weights
 from poweropd.sections import VLLMConfig
 from poweropd.teacher.vllm_http import version_problem
 from poweropd.types import Prompt, Rollout
@@ -115,7 +115,7 @@ class VLLMEngine:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(self._weights())})
         else:
             with TemporaryDirectory(prefix="poweropd-weights-") as folder:
-                write_weights(self._weights, Path(folder), self._precision)
+                write_weights(copies(self._weights, self._precision), Path(folder))
                 self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
         self._version = version
 
@@ -136,11 +136,6 @@ class VLLMEngine:
 
 def _load(**settings: Any) -> Any:
     """A `vllm.LLM`."""
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        raise ConfigError(
-            "rollout.engine vllm runs in a trainer of one process, and this one has several; start a vLLM server and set "
-            "rollout.vllm.url"
-        )
     for name, value in OURS.items():
         os.environ.setdefault(name, value)
     if settings["tensor_parallel_size"] == 1:

@@ -1,5 +1,6 @@
 """Rollouts by a vLLM server, on this machine or another, with weights of its own that follow the student's."""
 
+import hashlib
 import shutil
 import threading
 import uuid
@@ -13,11 +14,12 @@ from typing import Any
 
 import torch
 
+from poweropd.distributed import ALONE, World
 from poweropd.errors import ConfigError, RolloutError
 from poweropd.rollout.engine import Sampling
 from poweropd.rollout.replica import Weights
 from poweropd.rollout.vllm_requests import Requests
-from poweropd.rollout.vllm_weights import fingerprint, write_weights
+from poweropd.rollout.vllm_weights import FILE, copies, write_weights
 from poweropd.sections import VLLMConfig
 from poweropd.teacher.http import UnusableAnswerError, token_from
 from poweropd.teacher.vllm_http import VLLMConnection, message_of
@@ -59,6 +61,7 @@ class VLLMServerEngine:
         student: Hub id or folder, which it must have been started with.
         weights, requests, precision, longest: see `VLLMEngine`; the server's dtype must be the precision.
         concurrency: samples asked for at a time.
+        world: the ranks that train the student. Each asks for itself; the first gives the server the weights.
 
     Raises:
         ConfigError: the folder or the token cannot be used.
@@ -76,7 +79,9 @@ class VLLMServerEngine:
         precision: torch.dtype,
         longest: int,
         concurrency: int,
+        world: World = ALONE,
     ) -> None:
+        self._world = world
         self._weights = weights
         self._requests = requests
         self._precision = precision
@@ -88,18 +93,22 @@ class VLLMServerEngine:
         self._own = threading.local()  # a connection for each thread
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="vllm")
         self._loading = threading.Lock()
-        self._check_server(student, longest)
+        world.agreed(partial(self._check_server, student, longest))
         self._settings = [str(requests), str(precision), url]
-        try:
-            self._folder = TemporaryDirectory(prefix="poweropd-weights-", dir=config.weights_folder)
-            Path(self._folder.name).chmod(0o755)  # the server may be another user's
-        except OSError as error:
-            raise ConfigError(
-                f"rollout.vllm.weights_folder {config.weights_folder}: {error.strerror or error}; give a folder that can be "
-                "written to here and read by the server"
-            ) from None
+        self._folder = Path(world.on_main(partial(self._make_folder, config.weights_folder)))
         self._tag = ""
         self._hand_over(version=0)
+
+    def _make_folder(self, parent: str | None) -> str:
+        try:
+            self._kept = TemporaryDirectory(prefix="poweropd-weights-", dir=parent)
+            Path(self._kept.name).chmod(0o755)  # the server may be another user's
+        except OSError as error:
+            raise ConfigError(
+                f"rollout.vllm.weights_folder {parent}: {error.strerror or error}; give a folder that can be written to here "
+                "and read by the server"
+            ) from None
+        return self._kept.name
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> list[Rollout]:
         pairs = [(prompt, sample) for prompt in prompts for sample in range(sampling.samples_per_prompt)]
@@ -110,7 +119,9 @@ class VLLMServerEngine:
             self._hand_over(version)
 
     def fingerprint(self) -> str:
-        return fingerprint(self._weights, self._settings)
+        with (self._folder / self._tag / FILE).open("rb") as file:  # gathering weights is no matter of one rank alone
+            weights = hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(repr(["vllm server", weights, *self._settings]).encode()).hexdigest()
 
     def _answer(self, pair: tuple[Prompt, int], *, sampling: Sampling, seed: int) -> Rollout:
         prompt, sample = pair
@@ -129,15 +140,22 @@ class VLLMServerEngine:
 
     def _hand_over(self, version: int) -> None:
         """Write the student's weights, and have the server load them."""
-        old = self._tag
-        self._tag = f"{uuid.uuid4().hex}-{version}"
-        folder = Path(self._folder.name) / self._tag
-        folder.mkdir()
-        write_weights(self._weights, folder, self._precision)
-        self._load()
+        old, self._tag = self._tag, self._world.broadcast(f"{uuid.uuid4().hex}-{version}")
+        if self._world.is_main:
+            tensors = copies(self._weights, self._precision)
+        else:
+            tensors = {}
+            for _ in self._weights():  # what is spread over ranks is gathered by all of them
+                pass
+
+        def publish() -> None:
+            write_weights(tensors, self._folder / self._tag)
+            self._load()
+            if old:
+                shutil.rmtree(self._folder / old)
+
+        self._world.on_main(publish)
         self._version = version
-        if old:
-            shutil.rmtree(Path(self._folder.name) / old)
 
     def _load(self) -> None:
         """Have the server load the weights last written.
@@ -145,7 +163,7 @@ class VLLMServerEngine:
         It is told that they are coming first: one that was started anew meanwhile says otherwise afterwards, and what is
         drawn meanwhile does not pass for theirs.
         """
-        ask, folder, coming = self._connection.ask_json, str(Path(self._folder.name) / self._tag), f"{self._tag}-coming"
+        ask, folder, coming = self._connection.ask_json, str(self._folder / self._tag), f"{self._tag}-coming"
         for _ in range(LOADS):
             ask("POST", "/update_weight_version", _whole, {"new_version": coming})
             ask("POST", "/collective_rpc", _whole, {"method": "reload_weights", "kwargs": {"weights_path": folder}})

@@ -14,6 +14,8 @@ from poweropd.errors import RolloutError
 from poweropd.models import weights_fingerprint
 from poweropd.rollout.replica import Weights
 
+FILE = "model.safetensors"
+
 
 def tied_names(model: PreTrainedModel) -> dict[str, str]:
     """Further names of weights that have several, such as the LM head that is the embedding, with the first of each."""
@@ -33,15 +35,20 @@ def under_every_name(weights: Weights, tied: Mapping[str, str]) -> Iterator[tupl
         yield from ((other, weight) for other, first in tied.items() if first == name)
 
 
-def write_weights(weights: Weights, folder: Path, dtype: torch.dtype) -> None:
-    """A safetensors file from which vLLM loads the weights, in the precision that it holds them in.
+def copies(weights: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights in main memory, in the precision that vLLM holds them in."""
+    return {name: torch.empty_like(weight, dtype=dtype, device="cpu").copy_(weight) for name, weight in weights()}
+
+
+def write_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """A folder with a safetensors file from which vLLM loads the weights.
 
     Raises:
         RolloutError: it cannot be written.
     """
-    tensors = {name: torch.empty_like(weight, dtype=dtype, device="cpu").copy_(weight) for name, weight in weights()}
     try:
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        folder.mkdir(exist_ok=True)
+        save_file(dict(tensors), folder / FILE, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
         raise RolloutError(
             f"cannot write the student's weights into {folder} for vLLM: {error}; make room there"
