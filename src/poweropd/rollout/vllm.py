@@ -98,6 +98,7 @@ class VLLMEngine:
         asked = [SamplingParams(**self._requests.parameters(*pair, sampling, seed=seed)) for pair in pairs]
         self._wake_up()
         self._llm.reset_prefix_cache()
+        torch.get_num_threads()  # a new thread takes up torch's count when it is asked for; vLLM's CPU kernels do not ask
         texts = [{"prompt_token_ids": list(prompt.prompt_ids)} for prompt, _ in pairs]
         outputs = [answer.outputs[0] for answer in self._llm.generate(texts, asked, use_tqdm=False)]
         self._fall_asleep()
