@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -352,7 +351,7 @@ def test_a_server_process_killed_and_restarted_in_the_middle_of_a_run(tmp_path: 
             OUR_TOKEN="secret",
         )
         wait_for_steps(tmp_path / "dead", 2, dead)
-        server.send_signal(signal.SIGINT)
+        server.terminate()
         output, _ = server.communicate(timeout=60)
         assert server.returncode == 0
         assert re.search(r"^ended after \d+ tokens$", output, re.MULTILINE)

@@ -1,5 +1,6 @@
 """The verb for another machine: serve-teacher."""
 
+import signal
 from typing import Annotated, Literal
 
 import typer
@@ -56,6 +57,11 @@ def serve_teacher(
                 f"{model} ({info.dtype}, {info.vocab_size} tokens, weights {info.weights}) at {server.url}",
                 markup=False,
             )
+            for number in (
+                signal.SIGINT,
+                signal.SIGTERM,
+            ):  # whoever runs it: a user, a container, a script's background
+                signal.signal(number, signal.default_int_handler)
             try:
                 server.serve(service)
             except KeyboardInterrupt:
