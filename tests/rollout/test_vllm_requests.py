@@ -20,7 +20,7 @@ from poweropd.rollout.engine import Sampling
 from poweropd.rollout.vllm import VLLMEngine
 from poweropd.rollout.vllm_requests import NEVER, Requests, check_sampling
 from poweropd.rollout.vllm_server import VLLMServerEngine, answered
-from poweropd.rollout.vllm_weights import tied_names, under_every_name, write_weights
+from poweropd.rollout.vllm_weights import FILE, copies, tied_names, under_every_name, write_weights
 from poweropd.sections import VLLMConfig
 from poweropd.teacher.vllm_http import version_problem
 from poweropd.types import Prompt, Rollout
@@ -130,14 +130,14 @@ def test_tied_weights_go_by_all_their_names(model: PreTrainedModel, tmp_path: Pa
     found = dict(under_every_name(lambda: plain_weights(tied), tied_names(tied)))
     assert found.keys() == tied.state_dict().keys()
     assert found["lm_head.weight"] is found["model.embed_tokens.weight"]
-    write_weights(lambda: found.items(), tmp_path, torch.bfloat16)
-    for name, weight in load_file(tmp_path / "model.safetensors").items():
+    write_weights(copies(found.items, torch.bfloat16), tmp_path / "weights")
+    for name, weight in load_file(tmp_path / "weights" / FILE).items():
         assert torch.equal(weight, found[name].bfloat16())
 
 
 def test_weights_that_cannot_be_written(model: PreTrainedModel, tmp_path: Path) -> None:
-    with pytest.raises(RolloutError, match=f"cannot write the student's weights into {tmp_path}/no for vLLM"):
-        write_weights(lambda: plain_weights(model), tmp_path / "no", torch.float32)
+    with pytest.raises(RolloutError, match=f"cannot write the student's weights into {tmp_path}/no/where for vLLM"):
+        write_weights(copies(lambda: plain_weights(model), torch.float32), tmp_path / "no" / "where")
 
 
 def settings(**rollout: object) -> dict:
