@@ -1,6 +1,5 @@
 """Adapters: what is trained, sampled from, saved and resumed."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from poweropd.rollout.hf import HFEngine
 from poweropd.rollout.replica import Replica
 from poweropd.sections import LoRAConfig, OptimizerConfig
 from poweropd.train import train
+from recording import lasting_metrics
 
 LORA = LoRAConfig(rank=4, alpha=8)
 SETTINGS = ["train.steps=4", "train.prompts_per_step=8", "sampling.max_new_tokens=16", "data.limit=40", "checkpoint.every=2",
@@ -89,21 +89,16 @@ def run(out: Path, *settings: str, resume: bool = False) -> None:
         train(recipe, out, observer, resume=resume)
 
 
-def metrics(out: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(("time/", "tokens_per", "memory/"))} for line in lines]
-
-
 def test_a_run_trains_adapters_alone_samples_what_it_trains_resumes_and_saves_both(tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(whole)
-    assert all(line["rollout/mismatch"] < 1e-4 for line in metrics(whole))
+    assert all(line["rollout/mismatch"] < 1e-4 for line in lasting_metrics(whole))
 
     run(parts, "train.steps=2")
     state = torch.load(parts / "checkpoints/step-000002/state.pt", weights_only=True)
     assert all(".lora_" in name for name in state["student"]["model"])
     run(parts, "train.steps=4", resume=True)
-    assert metrics(parts) == metrics(whole)
+    assert lasting_metrics(parts) == lasting_metrics(whole)
 
     student, again = (load_file(out / "student" / "model.safetensors") for out in (whole, parts))
     assert student.keys() == again.keys()

@@ -19,6 +19,7 @@ from poweropd.batching import shared_out
 from poweropd.config import load_recipe
 from poweropd.errors import ConfigError, RunError
 from poweropd.types import Prompt, Rollout
+from recording import lasting_metrics
 
 SMALL = [
     "train.steps=3",
@@ -84,14 +85,9 @@ def together(folder: Path, jobs: Sequence[Job], processes: int = 2) -> str:
     return output
 
 
-def metrics(out: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(("time/", "tokens_per", "memory/"))} for line in lines]
-
-
 def assert_same_run(out: Path, alone: Path) -> None:
     """Every metric of every step, and the weights at the end."""
-    steps, expected = metrics(out), metrics(alone)
+    steps, expected = lasting_metrics(out), lasting_metrics(alone)
     assert len(steps) == len(expected)
     for got, wanted in zip(steps, expected, strict=True):
         assert got.keys() == wanted.keys()
@@ -226,10 +222,10 @@ def test_a_signal_to_the_launcher_stops_all_after_the_step(alone: Path, tmp_path
     assert "interrupted" in output
     assert errors(output) == []
     assert json.loads((out / "manifest.json").read_text())["status"] == "interrupted"
-    done = len(metrics(out))
+    done = len(lasting_metrics(out))
     assert 0 < done < 400
     together(tmp_path, [(None, [f"train.steps={done + 1}"], str(out))])
-    assert len(metrics(out)) == done + 1
+    assert len(lasting_metrics(out)) == done + 1
 
 
 @pytest.mark.slow
@@ -261,9 +257,9 @@ def test_half_precision(tmp_path: Path) -> None:
         for name, more in {"two": [], "two sharded": SHARDED}.items()
     ]
     together(tmp_path, jobs)
-    expected = metrics(tmp_path / "alone")
+    expected = lasting_metrics(tmp_path / "alone")
     for name in ("two", "two sharded"):
-        for got, wanted in zip(metrics(tmp_path / name), expected, strict=True):
+        for got, wanted in zip(lasting_metrics(tmp_path / name), expected, strict=True):
             for key in ("loss", "grad_norm", "entropy/student", "reward/mean"):
                 assert got[key] == pytest.approx(wanted[key], rel=2e-2), key
 

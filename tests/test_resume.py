@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import CHAT_END, END, RECIPE
+from recording import lasting_metrics
 
 COMMAND = [sys.executable, "-m", "poweropd", "train"]
 SETTINGS = [
@@ -55,11 +56,6 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "student" / "model.safetensors")
 
 
-def log(out: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(("time/", "tokens_per", "memory/"))} for line in lines]
-
-
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("unbroken") / "run"
@@ -94,7 +90,7 @@ def test_killed_and_resumed_equals_not_killed(moment: str, unbroken: Path, tmp_p
     expected, got = weights(unbroken), weights(out)
     assert expected.keys() == got.keys()
     assert all(torch.equal(expected[name], got[name]) for name in expected)
-    assert log(out) == log(unbroken)
+    assert lasting_metrics(out) == lasting_metrics(unbroken)
     for name in ("rollouts.jsonl", "positions.jsonl", "distributions.jsonl", "eval/000006/held_out.jsonl"):
         assert (out / name).read_text() == (unbroken / name).read_text(), name
     summaries = [json.loads((run / "summary.json").read_text()) for run in (unbroken, out)]
@@ -216,8 +212,8 @@ def test_a_student_held_by_reference_and_golden_answers_resumes_too(tmp_path: Pa
     process.communicate()
     assert not (out / "summary.json").exists(), "the run ended before it could be killed"
     finish(start(out, "--resume"))
-    assert log(out) == log(tmp_path / "unbroken")
-    coefficients = [line["reference_kl/coefficient"] for line in log(out)]
+    assert lasting_metrics(out) == lasting_metrics(tmp_path / "unbroken")
+    coefficients = [line["reference_kl/coefficient"] for line in lasting_metrics(out)]
     assert len(set(coefficients)) == 5  # it did move, and went on from where it was
-    golden = [line.get("golden/coefficient", 0.0) for line in log(out)]
+    golden = [line.get("golden/coefficient", 0.0) for line in lasting_metrics(out)]
     assert golden == pytest.approx([0.1, 0.075, 0.05, 0.025, 0.0])

@@ -1,6 +1,5 @@
 """When rollouts are drawn, with which weights, and what a checkpoint keeps of them."""
 
-import json
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from poweropd.rollout.engine import Sampling
 from poweropd.rollout.schedule import Schedule
 from poweropd.train import train
 from poweropd.types import Prompt, Rollout
+from recording import lasting_metrics
 
 SAMPLING = Sampling(stop_ids=(0,), max_new_tokens=8, samples_per_prompt=2)
 STEPS = 7
@@ -107,15 +107,10 @@ def run(out: Path, observer: type[ConsoleObserver] = ConsoleObserver, *, resume:
         train(recipe, out, watching, resume=resume)
 
 
-def metrics(out: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(("time/", "tokens_per", "memory/"))} for line in lines]
-
-
 def test_a_run_ahead_of_itself_knows_how_old_its_rollouts_are_and_resumes_to_the_bit(tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(whole)
-    lines = metrics(whole)
+    lines = lasting_metrics(whole)
     assert [line["staleness/mean"] for line in lines] == [0, 1, 2, 1, 2, 1]
     assert lines[0]["rollout/mismatch"] < 1e-4
     for line in lines[1:]:
@@ -127,6 +122,6 @@ def test_a_run_ahead_of_itself_knows_how_old_its_rollouts_are_and_resumes_to_the
     state = torch.load(parts / "checkpoints/step-000003/state.pt", weights_only=True)
     assert [*state["schedule"]["ahead"]] == [3, 4]
     run(parts, resume=True)
-    assert metrics(parts) == lines
+    assert lasting_metrics(parts) == lines
     ours, theirs = (load_file(out / "student" / "model.safetensors") for out in (parts, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

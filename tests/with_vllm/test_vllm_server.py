@@ -28,8 +28,8 @@ from poweropd.teacher.hf import HFTeacher
 from poweropd.teacher.vllm import VLLMTeacher
 from poweropd.train import train
 from poweropd.types import Rollout
-from recording import Recorder
-from test_distributed import metrics, together
+from recording import Recorder, lasting_metrics
+from test_distributed import together
 from test_engines import SAMPLING, make_prompts, test_contract  # noqa: F401  runs here too
 from test_scorers import LENGTHS, keeps_its_promises
 
@@ -132,7 +132,7 @@ def test_one_server_samples_for_several_processes(sampler: VLLMProcess, sharding
     evaluation = "{data: {source: reasoning_gym, families: {gcd: {}}, prompt: question, split: held_out, limit: 5}, samples: 2, teacher: false}"
     settings = [*run_settings(sampler), f"train.sharding={sharding}", f"evaluation={evaluation}"]
     together(tmp_path, [(str(RECIPE), settings, str(tmp_path / "run"))])
-    steps = metrics(tmp_path / "run")
+    steps = lasting_metrics(tmp_path / "run")
     assert [step["staleness/max"] for step in steps] == [0, 0, 0]
     assert max(step["rollout/mismatch"] for step in steps) <= 1e-4
     assert (tmp_path / "run" / "student" / "model.safetensors").is_file()

@@ -43,7 +43,7 @@ class VLLMEngine:
         sequences_per_batch: sequences decoded together.
 
     Raises:
-        ConfigError: vLLM is not installed, or cannot be used in this process.
+        ConfigError: vLLM is not installed, or `max_model_len` is too short.
         RolloutError: it is too old, or cannot run the model.
     """
 
